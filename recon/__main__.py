@@ -1,0 +1,3 @@
+from recon.app import main
+
+main()

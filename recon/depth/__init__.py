@@ -1,0 +1,43 @@
+"""Streaming depth: one image in, one dense map out at the image's own resolution."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from recon.component import Component
+from recon.errors import ReconError
+from recon.geometry.views import DepthImage, DepthType, View
+from recon.network import Network
+
+if TYPE_CHECKING:
+    from recon.engines import Session
+
+
+@dataclass
+class Depth(Component):
+    """A streaming depth model. The type of its output is part of the class: disparity needs scale *and* shift."""
+
+    type: ClassVar[DepthType] = "disparity"
+
+    licence: str = ""
+    workers: int = 0
+    """Depth workers; 0 = one per camera."""
+    input_size: int = 0
+    """Side of the network's input in pixels (multiple of its patch); 0 = the model's own."""
+    every: int = 1
+    """Run depth on every n-th frame."""
+
+    def check(self) -> None:
+        super().check()
+        if self.every < 1:
+            raise ReconError(f"depth.every={self.every}: must be at least 1", "1 runs depth on every frame")
+
+    def network(self) -> Network | None:
+        """The network, or None where there is none (`recorded`)."""
+        return None
+
+    @abstractmethod
+    def predict(self, view: View, session: Session | None) -> DepthImage:
+        """[H,W] float32 in the image's own resolution; NaN where there is no prediction. Deterministic for a view."""

@@ -1,0 +1,67 @@
+"""Engines: an ONNX file (or a torch module) becomes a running session with torch tensors in and out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from recon.component import Component
+from recon.network import Network, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Session(ABC):
+    """A loaded engine. A context manager: memory is taken on enter (or construction) and freed on exit."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+    def infer(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Check names, shapes and dtypes of `feeds`, then run. Raises ReconError naming the offending input."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def memory_mib(self) -> float:
+        """Memory the session holds, MiB."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; a later `infer` raises ReconError."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass
+class Engine(Component):
+    """How a network runs. `builds` tells whether there is a file between ONNX and running."""
+
+    builds: ClassVar[bool] = True
+
+    @abstractmethod
+    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+        """Write the engine file `out` from `onnx`; returns facts for the manifest (what is in the engine, versions, times)."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Session:
+        """Open a built engine file."""
+
+    def versions(self) -> dict[str, str]:
+        """Tool and device versions that a built file depends on: part of its cache key."""
+        return {}
+
+    def session(self, network: Network, path: Path | None) -> Session:
+        """A running session: from the built file, or straight from the network where the engine builds none."""
+        assert path is not None, "an engine that builds needs its file"
+        return self.load(path)
+
+
+__all__ = ["Engine", "Session"]

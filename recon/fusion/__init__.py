@@ -1,0 +1,86 @@
+"""Fusion: posed depth in, a map out that can be rendered back into any camera."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recon.component import Component
+from recon.errors import ReconError
+from recon.geometry.views import Array, DepthImage, Image, PosedDepth
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """points [N,3] float32 in map units, normals [N,3] float32 unit, colors [N,3] uint8 RGB."""
+
+    points: NDArray[np.float32]
+    normals: NDArray[np.float32]
+    colors: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """vertices [V,3] float32, triangles [F,3] int32, colors [V,3] uint8 RGB."""
+
+    vertices: NDArray[np.float32]
+    triangles: NDArray[np.int32]
+    colors: NDArray[np.uint8]
+
+
+class Map(ABC):
+    """A growing map. Not thread-safe: one owner."""
+
+    @abstractmethod
+    def integrate(self, view: PosedDepth, frame: int) -> None:
+        """Fuse one posed depth image; `frame` counts time steps. Pixels with depth 0 or non-finite are left out."""
+
+    @abstractmethod
+    def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
+        """[height,width] float32 z-depth of the map's surface, 0 where there is none. Deterministic."""
+
+    @abstractmethod
+    def points(self) -> PointCloud:
+        """The surface as oriented, coloured points. May be empty."""
+
+    @abstractmethod
+    def mesh(self) -> Mesh | None:
+        """The surface as triangles, or None where the representation has none."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, float]:
+        """Size and memory in named units, e.g. `points`, `memory_mib`."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write what only this representation has (`tsdf_volume.npz`); returns the files. Nothing by default."""
+        return []
+
+
+@dataclass
+class Fusion(Component):
+    """A map representation and its knobs. Lengths are in map units (metres when the scale is known)."""
+
+    voxel: float = 0.02
+    """Voxel side of the TSDF, spacing of surfels; map units."""
+    max_depth: float = 10.0
+    """Depth beyond this is not fused; map units."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.voxel > 0:
+            raise ReconError(f"fusion.voxel={self.voxel}: must be positive", "0.02 is 2 cm in a metric map")
+
+    @abstractmethod
+    def create(self) -> Map:
+        """An empty map."""
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings()
+
+
+__all__ = ["Fusion", "Image", "Map", "Mesh", "PointCloud"]

@@ -1,0 +1,30 @@
+"""Bootstrap models: N views of one moment in, posed depth out. Network definitions live in `recon.models.nets`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recon.component import Component
+from recon.geometry.views import Bootstrap, Scale, View
+from recon.network import Network
+
+if TYPE_CHECKING:
+    from recon.engines import Session
+
+
+@dataclass
+class Model(Component):
+    """A bootstrap model. With a network it can be exported, built and benchmarked; without one (`recorded`) it cannot."""
+
+    licence: str = ""
+    """Licence of the weights, shown by the doctor and written into manifests."""
+
+    def network(self, views: int) -> Network | None:
+        """The network for this many views, or None where the model has none. Reads no weights beyond what identity needs."""
+        return None
+
+    @abstractmethod
+    def bootstrap(self, views: list[View], scale: Scale, session: Session | None) -> Bootstrap:
+        """Posed depth of all views. `scale`: meaning of the source's own unit. `session`: the running engine of `network()`."""
