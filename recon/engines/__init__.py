@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.component import Component
+from recon.errors import ReconError
 from recon.network import Network, TensorSpec
 
 if TYPE_CHECKING:
@@ -23,7 +24,13 @@ class Session(ABC):
 
     def infer(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Check names, shapes and dtypes of `feeds`, then run. Raises ReconError naming the offending input."""
-        raise NotImplementedError
+        if (problem := mismatch(self.inputs, feeds)):
+            raise ReconError(problem, f"this engine takes {self.inputs}")
+        return self._run(feeds)
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The engine's own call, on checked feeds."""
 
     @abstractmethod
     def memory_mib(self) -> float:
@@ -38,6 +45,17 @@ class Session(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def mismatch(specs: dict[str, TensorSpec], feeds: dict[str, torch.Tensor]) -> str:
+    """What is wrong with the feeds, or an empty string."""
+    if missing := sorted(specs.keys() ^ feeds.keys()):
+        return f"inputs {sorted(feeds)}: the engine's are {sorted(specs)}, so {missing} do not match"
+    for name, spec in specs.items():
+        got = TensorSpec(tuple(feeds[name].shape), str(feeds[name].dtype).removeprefix("torch."))
+        if got != spec:
+            return f"input {name!r} is {got.dtype}{list(got.shape)}: the engine takes {spec.dtype}{list(spec.shape)}"
+    return ""
 
 
 @dataclass

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recon.component import Component
 from recon.errors import ReconError
-from recon.geometry.views import Array, DepthImage, Image, PosedDepth
+from recon.geometry.views import Array, DepthImage, PosedDepth
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,5 @@ class Fusion(Component):
     def create(self) -> Map:
         """An empty map."""
 
-    def settings(self) -> dict[str, Any]:
-        return super().settings()
 
-
-__all__ = ["Fusion", "Image", "Map", "Mesh", "PointCloud"]
+__all__ = ["Fusion", "Map", "Mesh", "PointCloud"]
