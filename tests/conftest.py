@@ -1,0 +1,25 @@
+"""Paths of external data. Tests that need it skip, with the reason, where the variable is not set."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable, "")
+    if not value or not Path(value).is_dir():
+        pytest.skip(f"{variable} is not set to a folder (external data that may not be redistributed)")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with redkitchen/, alignment/, office4/ and vggt_examples/."""
+    return _folder("RECON_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with golden outputs of VGGT on seeded weights."""
+    return _folder("RECON_TEST_GOLDEN")
