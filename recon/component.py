@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from recon.errors import Refused
 
 
 @dataclass
-class Component:
+class Component(ABC):  # noqa: B024 - options of simple groups need no method of their own
     """Base of all options. `name` is the option's own name, repeated in its YAML (a test holds the two equal)."""
 
     not_built: ClassVar[str] = ""  # why this option cannot run yet; empty when it can

@@ -1,0 +1,241 @@
+"""Artifacts: files with a manifest that says what they are, written so that a kill at any moment leaves no lie.
+
+An artifact is one or more files in a folder and a manifest `<name>.json` beside them. The manifest holds the content
+key (hash of everything that the files depend on), the SHA-256 of every file and of itself, requested and effective
+settings, and measured facts. Files are written in a temporary folder, flushed to disk and renamed; the manifest comes
+last. So: manifest present and hashes right means complete; anything else is rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from recon.errors import Damaged, ReconError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Manifest:
+    """What an artifact's `.json` holds. `files`: name -> {sha256, bytes}."""
+
+    kind: str
+    key: str
+    requested: dict[str, Any] = field(default_factory=dict)
+    effective: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    parents: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact on disk. `path` is its main file."""
+
+    path: Path
+    manifest: Manifest
+    reused: bool
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+
+def obtain(
+    path: Path,
+    kind: str,
+    key: str,
+    make: Callable[[Path], dict[str, Any]],
+    *,
+    requested: dict[str, Any] | None = None,
+    parents: list[str] | None = None,
+    force: bool = False,
+) -> Artifact:
+    """The artifact whose main file is `path`: reused when its manifest has `key` and every hash is right, else made.
+
+    `make(folder)` writes the files, the main one under `path.name`, into an empty temporary folder and returns facts;
+    a facts entry `effective` becomes the manifest's effective settings.
+
+    Raises:
+        ReconError: the disk is full or the folder cannot be written; nothing half-written stays behind.
+    """
+    with writable(path.parent), locked(path):
+        if not force and (found := find(path, kind, key)):
+            return Artifact(path, found, reused=True)
+        folder = _scratch(path)
+        try:
+            facts = make(folder)
+            manifest = Manifest(kind, key, requested or {}, facts.pop("effective", {}), facts, parents or [])
+            _install(folder, path, manifest)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return Artifact(path, manifest, reused=False)
+
+
+def find(path: Path, kind: str, key: str) -> Manifest | None:
+    """The manifest of a complete artifact with this key; None when absent, of another key, or damaged (logged by name)."""
+    if not manifest_path(path).exists():
+        return None
+    try:
+        manifest = read_manifest(path)
+        if manifest.kind != kind or manifest.key != key:
+            log.info("%s is from other settings or inputs: it is made anew", path.name)
+            return None
+        verify(path.parent, manifest)
+    except Damaged as damage:
+        log.warning("%s; it is rebuilt", damage.problem)
+        return None
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of the artifact whose main file is `path`, checking its own hash.
+
+    Raises:
+        ReconError: there is no manifest.
+        Damaged: it is not what was written.
+    """
+    file = manifest_path(path)
+    if not file.exists():
+        raise ReconError(f"{path}: has no manifest {file.name} beside it", "give a file that a recon stage wrote")
+    try:
+        data = json.loads(file.read_text())
+        digest = data.pop("sha256")
+        intact = digest == hashlib.sha256(canonical(data)).hexdigest()
+        manifest = Manifest(**data) if intact else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        manifest = None
+    if manifest is None:
+        raise Damaged(f"{file} is damaged: it does not match its own hash")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Raise Damaged, naming the file, unless every file is there and has the hash that the manifest states."""
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if not file.exists():
+            raise Damaged(f"{file} is missing")
+        if file.stat().st_size != expected["bytes"] or file_hash(file) != expected["sha256"]:
+            raise Damaged(f"{file} is damaged: its content does not match its manifest")
+
+
+def manifest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def content_key(parts: Any) -> str:
+    """Hash of plain data (dataclasses, paths, enums and tuples included): 32 hex digits."""
+    return hashlib.sha256(canonical(parts)).hexdigest()[:32]
+
+
+def canonical(parts: Any) -> bytes:
+    return json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":")).encode()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with writable(path.parent):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Create `folder`; turn a full disk and a read-only folder into errors that say so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except PermissionError as error:
+        raise ReconError(f"{error.filename or folder}: not writable", "choose another folder with output=DIR") from error
+    except OSError as error:
+        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+            free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+            raise ReconError(
+                f"{folder}: the disk is full ({free:.0f} MiB free)", "free some space or choose another folder with output=DIR"
+            ) from error
+        if error.errno == 30:  # EROFS
+            raise ReconError(f"{folder}: on a read-only file system", "choose another folder with output=DIR") from error
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise ReconError(f"{folder}: a file is in the way of this folder", "choose another folder with output=DIR") from error
+        raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes an artifact; others wait and then reuse it. The kernel frees the lock of a killed one."""
+    import fcntl
+
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _scratch(path: Path) -> Path:
+    """An empty folder on the same file system. We hold the lock, so one left there is from a killed run."""
+    folder = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def _install(folder: Path, path: Path, manifest: Manifest) -> None:
+    """Move the made files into place, manifest last."""
+    made = sorted(file for file in folder.iterdir() if file.is_file())
+    assert path.name in {file.name for file in made}, f"{path.name} was not made"
+    manifest.files = {file.name: {"sha256": file_hash(file), "bytes": file.stat().st_size} for file in made}
+    manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest_path(path).unlink(missing_ok=True)  # what it described is about to be replaced
+    for file in made:
+        _flush(file)
+        file.replace(path.parent / file.name)
+    data = json.loads(canonical(asdict(manifest)))
+    digest = hashlib.sha256(canonical(data)).hexdigest()
+    write_atomic(manifest_path(path), json.dumps({**data, "sha256": digest}, indent=1, sort_keys=True) + "\n")
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.name
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot enter a manifest or a key")
