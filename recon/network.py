@@ -36,3 +36,5 @@ class Network:
     example: Callable[[int], dict[str, torch.Tensor]]
     settings: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    memory_mib: float = 0.0
+    """Estimated peak memory of one FP32 inference, weights included, MiB; 0 = no estimate."""

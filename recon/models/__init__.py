@@ -20,6 +20,8 @@ class Model(Component):
 
     licence: str = ""
     """Licence of the weights, shown by the doctor and written into manifests."""
+    views: int = 0
+    """Views that the network is exported for; 0 = as many cameras as the source has."""
 
     def network(self, views: int) -> Network | None:
         """The network for this many views, or None where the model has none. Reads no weights beyond what identity needs."""

@@ -1,0 +1,207 @@
+"""The typed configuration: what can be asked for, and what is refused before any work.
+
+A config group option is a dataclass in the group's package (`recon/<package>/<module>.py`), found by folder scan and
+registered as `schema/<group>/<module>`; its YAML in `conf/<group>/` names that schema. Nothing else is to be edited to
+add one. The composed configuration becomes objects with `to_config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from recon.benchmark import BenchmarkOptions
+from recon.component import Component
+from recon.depth import Depth
+from recon.engines import Engine
+from recon.errors import ReconError, Refused
+from recon.export import ExportOptions
+from recon.fusion import Fusion
+from recon.live.align import Align
+from recon.models import Model
+from recon.precision import Precision
+from recon.quant import QuantMode
+from recon.sources import Source
+from recon.tracking import Tracking
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE if (HERE / "conf").is_dir() else HERE.parent  # inside a wheel the two folders lie in the package
+CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
+
+GROUPS: dict[str, tuple[str, type[Component]]] = {
+    "model": ("recon.models", Model),
+    "depth": ("recon.depth", Depth),
+    "quant_mode": ("recon.quant", QuantMode),
+    "precision": ("recon.precision", Precision),
+    "engine": ("recon.engines", Engine),
+    "source": ("recon.sources", Source),
+    "fusion": ("recon.fusion", Fusion),
+    "tracking": ("recon.tracking", Tracking),
+}
+
+STAGES = ("export", "calibrate", "build", "benchmark", "reconstruct", "evaluate", "report")
+STAGES_TO_COME = ("sensitivity", "depth", "handover")
+
+
+@dataclass
+class Evaluate:
+    """What the result is judged against, beside the recorded depth that the source has."""
+
+    reference: str | None = None
+    """NPZ with a reference surface: points_mm [N,3] int16 (or points [N,3] in map units), normals, optional `seen`."""
+    threshold: float = 0.02
+    """Distance for precision, recall and F-score; map units."""
+    max_points: int = 200_000
+    """Map points judged at most; more are thinned with a fixed seed."""
+
+    def check(self) -> None:
+        if not self.threshold > 0:
+            raise ReconError(f"evaluate.threshold={self.threshold}: must be positive", "0.02 is 2 cm in a metric map")
+        if self.reference is not None and not Path(self.reference).is_file():
+            raise ReconError(f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz")
+
+
+@dataclass
+class Config:
+    """One run. Group options are objects; the rest are plain values."""
+
+    name: str = "demo"
+    """Name of the question asked: run folder suffix and MLflow experiment."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """Stages to run, in this order whatever the order given."""
+    model: Model = MISSING
+    depth: Depth = MISSING
+    quant_mode: QuantMode = MISSING
+    precision: Precision = MISSING
+    engine: Engine = MISSING
+    source: Source = MISSING
+    fusion: Fusion = MISSING
+    tracking: Tracking = MISSING
+    align: Align = field(default_factory=Align)
+    export: ExportOptions = field(default_factory=ExportOptions)
+    benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    output: str = "outputs"
+    """Folder for engines, caches, runs and the tracking database."""
+    plan: bool = False
+    """Print stages, cache hits and memory estimates; run nothing."""
+    force: list[str] = field(default_factory=list)
+    """Stages to redo although their artifact is there."""
+    fresh_bootstrap: bool = False
+    """Ignore a cached bootstrap; the same as force=[reconstruct]."""
+    save_per_frame_depth: bool = False
+    """Write every aligned depth image to depth_metric/ (depth_relative/ when the scale is arbitrary)."""
+    viewer: str = "none"
+    """none | rerun."""
+
+
+def register() -> None:
+    """Put every schema, the `+quant=` aliases and the sweeps into Hydra's config store."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, (package, base) in GROUPS.items():
+        for module, cls in options(package, base):
+            store.store(group=f"schema/{group}", name=module, node=cls, package=group)
+    for path in sorted((CONF / "quant_mode").glob("*.yaml")):
+        store.store(group="quant", name=path.stem, package="_global_", node={"defaults": [{"override /quant_mode": path.stem}]})
+    for path in sorted(SWEEPS.glob("*.yaml")):
+        store.store(group="sweep", name=path.stem, package="_global_", node=_sweep(path))
+
+
+def options(package: str, base: type[Component]) -> Iterator[tuple[str, type[Component]]]:
+    """(module name, dataclass) of every option of a group: one per module, found by scanning the package."""
+    root = importlib.import_module(package)
+    names = [info.name for info in pkgutil.iter_modules(root.__path__) if not info.ispkg] if hasattr(root, "__path__") else [""]
+    for name in names:
+        module = importlib.import_module(f"{package}.{name}") if name else root
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if is_dataclass(cls) and issubclass(cls, base) and cls.__module__ == module.__name__:
+                yield name or package.rpartition(".")[2], cls
+
+
+def _sweep(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.load(path)
+
+
+def to_config(composed: DictConfig, choices: dict[str, Any]) -> Config:
+    """Objects from a composed configuration. `choices`: Hydra's chosen option per group.
+
+    Raises:
+        ReconError: a key that no schema knows, or `+quant=` against `quant_mode=`.
+        Refused: a combination that cannot run.
+    """
+    from omegaconf import OmegaConf
+
+    unknown_keys(composed)
+    alias, mode = choices.get("quant"), choices.get("quant_mode")
+    if alias is not None and alias != mode:
+        raise ReconError(f"+quant={alias} contradicts quant_mode={mode}", "give one of the two; they are the same switch")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def unknown_keys(composed: DictConfig) -> None:
+    """Hydra lets `+anything=1` through and drops it later; here it is an error that names the nearest known key."""
+    from omegaconf import DictConfig, OmegaConf
+
+    def walk(node: DictConfig, where: str) -> None:
+        kind = OmegaConf.get_type(node)
+        if kind is None or not is_dataclass(kind):
+            return
+        known = [f.name for f in fields(kind)]
+        for key in node:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                raise ReconError(f"unknown key {where}{key}", f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
+                walk(child, f"{where}{key}.")
+
+    walk(composed, "")
+
+
+def check(config: Config) -> None:
+    """Everything that can be refused without touching data.
+
+    Raises:
+        ReconError: an impossible value. Refused: a combination that this version cannot run.
+    """
+    for stage in [*config.stages, *config.force]:
+        if stage in STAGES_TO_COME:
+            raise Refused(f"stage {stage!r} is not built yet", f"stages in this version: {', '.join(STAGES)}")
+        if stage not in STAGES:
+            near = difflib.get_close_matches(stage, STAGES, 1)
+            raise ReconError(f"unknown stage {stage!r}", f"did you mean {near[0]!r}?" if near else f"stages: {', '.join(STAGES)}")
+    if not config.stages:
+        raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
+    if config.viewer != "none":
+        why = "the rerun viewer is not built yet" if config.viewer == "rerun" else "the viewers are: none, rerun"
+        raise Refused(f"viewer={config.viewer}: {why}", "viewer=none writes PLY files for any viewer")
+    for component in (*components(config), config.align, config.export, config.benchmark, config.evaluate):
+        component.check()
+
+
+def components(config: Config) -> tuple[Component, ...]:
+    """The chosen options, in group order. A stage list that needs no source or map does not check theirs."""
+    needed = set(config.stages)
+    geometry = bool(needed & {"reconstruct", "evaluate"})
+    return tuple(
+        getattr(config, group) for group in GROUPS if geometry or group not in ("source", "fusion")
+    )
