@@ -63,6 +63,7 @@ class Engine(Component):
     """How a network runs. `builds` tells whether there is a file between ONNX and running."""
 
     builds: ClassVar[bool] = True
+    suffix: ClassVar[str] = ".engine"
 
     @abstractmethod
     def build(self, onnx: Path, out: Path) -> dict[str, Any]:

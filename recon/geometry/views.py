@@ -66,7 +66,8 @@ class Bootstrap:
     """What the bootstrap network found: one posed depth per camera, and the meaning of its unit.
 
     views: depth, K and pose at the resolution the network worked at. K_source: per camera name, K at the resolution
-    of the source's images, which the stream uses where the source gives none. notes: residuals and reasons, for metrics.json.
+    of the source's images, which the stream uses where the source gives none. in_source_frame: the world is that of the
+    source's own poses, so poses of later frames can be used as given. notes: residuals and reasons, for metrics.json.
     """
 
     views: list[PosedDepth]
@@ -74,6 +75,7 @@ class Bootstrap:
     T_world_cam: dict[str, Array]
     scale: Scale
     depth_type: DepthType
+    in_source_frame: bool = False
     notes: dict[str, float | str] = field(default_factory=dict)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from recon.component import Component
 from recon.geometry.views import Bootstrap, Scale, View
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass
 class Model(Component):
     """A bootstrap model. With a network it can be exported, built and benchmarked; without one (`recorded`) it cannot."""
+
+    has_network: ClassVar[bool] = True
 
     licence: str = ""
     """Licence of the weights, shown by the doctor and written into manifests."""

@@ -1,0 +1,1 @@
+"""The live half: frames in, depth, alignment to the map, fusion."""

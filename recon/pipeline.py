@@ -1,0 +1,163 @@
+"""The stages, as plain functions in reading order. They see neither Hydra nor a tracker.
+
+    export -> calibrate -> build -> benchmark -> reconstruct -> evaluate -> report
+
+`run` calls those that were asked for. Each leaves an artifact or a file in the run folder and adds to the `Record`.
+What a stage needs from an earlier one it obtains from the artifact store, so any single stage can be asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recon.config import STAGES, Config
+from recon.errors import ReconError, Refused
+from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
+from recon.network import Network
+from recon.report import write_report
+from recon.store import Store, built, exported, plan_rows
+from recon.tracking import Record
+
+
+@dataclass
+class StageRow:
+    """One line of the table that a person sees at the end."""
+
+    stage: str
+    outcome: str
+    seconds: float
+
+
+@dataclass
+class Run:
+    """What the stages share: the configuration, the run folder, and what has been found so far."""
+
+    config: Config
+    folder: Path
+    store: Store
+    rows: list[StageRow] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
+    metrics: dict[str, Any] = field(default_factory=lambda: {"schema_version": 1})
+    reconstruction: Reconstruction | None = None
+
+
+def run(config: Config, folder: Path) -> Run:
+    """Run the stages asked for, in order. `folder` is the run folder and exists."""
+    state = Run(config, folder, Store(config))
+    if {"reconstruct", "evaluate"} & set(config.stages):
+        config.source.validate()
+    for name in STAGES:
+        if name in config.stages:
+            start = time.perf_counter()
+            outcome = STAGE_FUNCTIONS[name](state)
+            state.rows.append(StageRow(name, outcome, time.perf_counter() - start))
+    return state
+
+
+def plan(config: Config) -> list[dict[str, str]]:
+    """What `run` would do, without doing it: one row per stage and artifact."""
+    if {"reconstruct", "evaluate"} & set(config.stages):
+        config.source.validate()
+    return plan_rows(Store(config))
+
+
+def export(run: Run) -> str:
+    """Networks to ONNX."""
+    outcomes = []
+    for network in run.store.networks().values():
+        artifact = exported(run.store, network)
+        outcomes.append(f"{artifact.path.name} {'reused' if artifact.reused else 'exported'}")
+        run.metrics.setdefault("onnx", {})[network.name] = artifact.manifest.facts
+    return _joined(outcomes, run)
+
+
+def calibrate(run: Run) -> str:
+    """Ranges for INT8 and FP8. In this version every precision that needs them is refused before any stage runs."""
+    return f"not needed: precision={run.config.precision.name}, quant_mode={run.config.quant_mode.name}"
+
+
+def build(run: Run) -> str:
+    """ONNX to engines, each compared with the FP32 torch module."""
+    if not run.config.engine.builds:
+        return f"not needed: engine={run.config.engine.name} runs the torch module itself"
+    outcomes = []
+    for network in run.store.networks().values():
+        artifact = built(run.store, network)
+        outcomes.append(f"{artifact.path.name} {'reused' if artifact.reused else 'built'}")
+        facts = artifact.manifest.facts
+        run.metrics.setdefault("engines", {})[network.name] = {"facts": facts, "effective": artifact.manifest.effective}
+        run.record.metrics[f"engine/{network.name}_size_mb"] = artifact.path.stat().st_size / 1e6
+    return _joined(outcomes, run)
+
+
+def benchmark(run: Run) -> str:
+    """Latency, throughput, memory and error of engines under one timing contract."""
+    from recon.bench import benchmark_engines
+
+    results = benchmark_engines(run.store)
+    for name, row in results.items():
+        run.metrics.setdefault("benchmark", {})[name] = row["summary"]
+        run.record.metrics |= {f"engine/{name}_{key}": value for key, value in row["summary"].items() if isinstance(value, float)}
+        run.record.series[f"engine/{name}_latency_ms"] = row["samples_ms"]
+    if results:
+        run.record.tables["benchmark"] = [{"engine": name, **row["summary"]} for name, row in results.items()]
+    return _joined([f"{name} p50 {row['summary']['latency_ms_p50']:.2f} ms" for name, row in results.items()], run)
+
+
+def reconstruct(run: Run) -> str:
+    """Bootstrap a map from one view per camera, then stream, align and fuse the rest."""
+    with ExitStack() as sessions:
+        bootstrap_session, depth_session = (run.store.session(role, sessions) for role in ("model", "depth"))
+        artifact = bootstrap_artifact(run.store, bootstrap_session)
+        result = reconstruct_scene(run.config, artifact, depth_session, run.folder)
+    run.reconstruction = result
+    run.metrics |= result.metrics()
+    run.record.metrics |= result.summary()
+    run.record.series |= result.series()
+    run.record.files += result.files
+    fused, seen = result.accepted, len(result.frames)
+    return f"{fused} of {seen} frames fused, {result.map_stats['points']:.0f} points, unit {result.scale.unit}"
+
+
+def evaluate(run: Run) -> str:
+    """Depth and map against what the source knows to be true."""
+    from recon.evaluate import evaluate_map
+
+    if run.reconstruction is None:
+        raise ReconError("stage evaluate judges the map of the same run", "add reconstruct to stages")
+    found = evaluate_map(run.config, run.reconstruction)
+    run.metrics["evaluation"] = found
+    flat = {f"quality/{key}": value for key, value in found.items() if isinstance(value, float)}
+    run.record.metrics |= flat
+    if not found:
+        return "the source has no recorded depth and no reference surface: nothing to judge against"
+    return ", ".join(f"{key} {found[key]:.3g}" for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in found)
+
+
+def report(run: Run) -> str:
+    """One self-contained HTML page."""
+    path = write_report(run.config, run.metrics, run.reconstruction, run.folder)
+    run.record.files.append(path)
+    return path.name
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[Run], str]] = {
+    "export": export,
+    "calibrate": calibrate,
+    "build": build,
+    "benchmark": benchmark,
+    "reconstruct": reconstruct,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def _joined(outcomes: list[str], run: Run) -> str:
+    if outcomes:
+        return ", ".join(outcomes)
+    return f"nothing to do: model={run.config.model.name} and depth={run.config.depth.name} have no network"

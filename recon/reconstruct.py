@@ -1,0 +1,204 @@
+"""Reconstruction: a bootstrap that is cached, a map, a stream, and the files that a run leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recon.artifact import Artifact, atomic_file, content_key, obtain, write_atomic
+from recon.config import Config
+from recon.console import busy, track
+from recon.errors import ReconError
+from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
+from recon.geometry.ply import write_mesh, write_points
+from recon.geometry.views import Bootstrap, Scale
+from recon.live.stream import FrameResult, Streamer
+from recon.store import Store
+
+if TYPE_CHECKING:
+    from recon.engines import Session
+    from recon.evaluate import DepthScores
+    from recon.fusion import Map
+
+log = logging.getLogger(__name__)
+BOOTSTRAP_VERSION = "bootstrap.1"
+
+
+@dataclass
+class Reconstruction:
+    """What the reconstruct stage found out. `fused` is the live map, for evaluation in the same process."""
+
+    scale: Scale
+    depth_type: str
+    map_type: str
+    bootstrap: Bootstrap
+    bootstrap_reused: bool
+    fused: Map
+    depth_scores: DepthScores
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    map_stats: dict[str, float] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        return sum(frame["accepted"] for frame in self.frames)
+
+    def metrics(self) -> dict[str, Any]:
+        """The part of metrics.json that this stage answers for."""
+        return {
+            "scale": asdict(self.scale),
+            "depth_type": self.depth_type,
+            "map_type": self.map_type,
+            "map": self.map_stats,
+            "bootstrap": {"cameras": len(self.bootstrap.views), "reused": self.bootstrap_reused, **self.bootstrap.notes},
+            "frames_seen": len(self.frames),
+            "frames_fused": self.accepted,
+            "frames_rejected": dict(Counter(frame["reason"] for frame in self.frames if not frame["accepted"])),
+            "seconds": self.seconds,
+            "frames": self.frames,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Single values for the tracker."""
+        seen = max(len(self.frames), 1)
+        values = {"align/accepted_share": self.accepted / seen, "recon/frames": float(len(self.frames))}
+        values |= {f"recon/{name}": value for name, value in self.map_stats.items()}
+        return values | {f"time/{name}_s": value for name, value in self.seconds.items()}
+
+    def series(self) -> dict[str, list[float]]:
+        """Values by frame for the tracker, one series per camera and quantity."""
+        found: dict[str, list[float]] = {}
+        for frame in self.frames:
+            for name in ("s", "t", "inlier_5pct", "resid_med_pct", "ms_depth", "ms_render", "ms_align", "ms_fuse"):
+                if isinstance(value := frame.get(name), (int, float)) and np.isfinite(value):
+                    found.setdefault(f"align/{frame['camera']}_{name}", []).append(float(value))
+        return found
+
+
+def bootstrap_key(store: Store) -> str:
+    """Key of the cached bootstrap: the model, the exact frames, and the engine that ran it."""
+    config = store.config
+    network = store.networks().get("model")
+    engine = store.engine_key(network) if network else None
+    return content_key([BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), config.source.scale(), engine])
+
+
+def bootstrap_path(store: Store, key: str) -> Path:
+    return store.root / "cache" / "bootstrap" / f"{store.config.model.name}-{key[:12]}.npz"
+
+
+def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact, Bootstrap]:
+    """The bootstrap of this configuration, from the cache where nothing that it depends on has changed."""
+    config, key = store.config, bootstrap_key(store)
+    path = bootstrap_path(store, key)
+
+    def make(folder: Path) -> dict[str, Any]:
+        views = config.source.bootstrap()
+        with busy(f"Bootstrapping from {len(views)} cameras with {config.model.name}"):
+            found = config.model.bootstrap(views, config.source.scale(), session)
+        write_bootstrap(folder / path.name, found)
+        return {"cameras": [view.camera for view in views], "scale": asdict(found.scale), **found.notes}
+
+    fresh = config.fresh_bootstrap or "reconstruct" in config.force
+    requested = {"model": config.model.settings(), "source": config.source.settings()}
+    artifact = obtain(path, "bootstrap", key, make, requested=requested, force=fresh)
+    return artifact, read_bootstrap(path)
+
+
+def reconstruct_scene(config: Config, found: tuple[Artifact, Bootstrap], session: Session | None, folder: Path) -> Reconstruction:
+    """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder."""
+    from recon.evaluate import DepthScores
+
+    artifact, bootstrap = found
+    fused = config.fusion.create()
+    start = time.perf_counter()
+    for view in bootstrap.views:
+        fused.integrate(view, 0)
+    result = Reconstruction(
+        bootstrap.scale, config.depth.type, config.fusion.name, bootstrap, artifact.reused, fused, DepthScores(bootstrap.scale)
+    )
+    result.seconds["bootstrap_fuse"] = time.perf_counter() - start
+    _write_points(result, folder / "bootstrap_map.ply")
+    start = time.perf_counter()
+    streamer = Streamer(config.source, config.depth, session, bootstrap, fused, config.align)
+    _stream(config, streamer, result, folder)
+    result.seconds["stream"] = time.perf_counter() - start
+    with busy("Writing the map"):
+        _write_outputs(config, streamer, result, folder)
+    return result
+
+
+def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
+    def observe(frame: FrameResult) -> None:
+        result.frames.append(frame.row())
+        result.depth_scores.add(frame)
+        if config.save_per_frame_depth and frame.depth is not None:
+            result.files.append(_write_depth(frame, result.scale, folder))
+
+    for _ in track(streamer.run(observe), "Streaming", len(config.source)):
+        pass
+    if result.frames and not result.accepted:
+        reasons = Counter(frame["reason"] for frame in result.frames).most_common(1)[0]
+        log.warning("no frame of the stream was fused; most often: %s (%d of %d)", *reasons, len(result.frames))
+
+
+def _write_depth(frame: FrameResult, scale: Scale, folder: Path) -> Path:
+    kind = "metric" if scale.unit == "m" else "relative"
+    path = folder / f"depth_{kind}" / f"{frame.view.camera}_{frame.view.frame:06d}.npz"
+    with atomic_file(path) as temporary:
+        np.savez_compressed(temporary, depth=frame.depth, unit=scale.unit)
+    return path
+
+
+def _write_outputs(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
+    """`map_updated.ply`, `mesh.ply`, what only this map type has, and `calibration.json`."""
+    points = _write_points(result, folder / "map_updated.ply")
+    result.map_stats = {**result.fused.stats(), "points": float(points)}
+    mesh = result.fused.mesh()
+    if mesh is not None:
+        with atomic_file(folder / "mesh.ply") as temporary:
+            write_mesh(temporary, mesh.vertices, mesh.triangles, mesh.colors)
+        result.files.append(folder / "mesh.ply")
+    result.files += result.fused.save(folder)
+    write_atomic(folder / "calibration.json", json.dumps(_calibration(config, streamer), indent=1) + "\n")
+    result.files.append(folder / "calibration.json")
+
+
+def _write_points(result: Reconstruction, path: Path) -> int:
+    cloud = result.fused.points()
+    if not len(cloud.points):
+        raise ReconError(
+            f"{path.name}: the map is empty, no depth within fusion.max_depth was fused",
+            "raise fusion.max_depth, or check the depth and the poses of the source",
+        )
+    with atomic_file(path) as temporary:
+        write_points(temporary, cloud.points, cloud.normals, cloud.colors)
+    result.files.append(path)
+    return len(cloud.points)
+
+
+def _calibration(config: Config, streamer: Streamer) -> dict[str, Any]:
+    """Scale and shift per camera with what they were found for, so that another run can judge whether they apply."""
+    return {
+        "model": "1/z = s*d + t" if config.depth.type == "disparity" else "z = s*d",
+        "unit": streamer.bootstrap.scale.unit,
+        "depth": config.depth.settings(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cameras": {
+            name: {**aligner.state(), "intrinsics_sha256": _intrinsics_key(streamer, name)} for name, aligner in streamer.aligners.items()
+        },
+    }
+
+
+def _intrinsics_key(streamer: Streamer, camera: str) -> str | None:
+    K = streamer.bootstrap.K_source.get(camera)
+    return None if K is None else content_key(np.round(K, 6))
