@@ -84,6 +84,14 @@ def obtain(
         return Artifact(path, manifest, reused=False)
 
 
+def seal(folder: Path, kind: str, files: list[Path]) -> Manifest:
+    """Write `manifest.json` of a finished run folder over files that are already in place below it."""
+    manifest = Manifest(kind, content_key([kind, folder.name]))
+    manifest.files = {str(file.relative_to(folder)): _file_entry(file) for file in files if file.is_file()}
+    _write_manifest(folder / "manifest.json", manifest)
+    return manifest
+
+
 def find(path: Path, kind: str, key: str) -> Manifest | None:
     """The manifest of a complete artifact with this key; None when absent, of another key, or damaged (logged by name)."""
     if not manifest_path(path).exists():
@@ -218,16 +226,24 @@ def _install(folder: Path, path: Path, manifest: Manifest) -> None:
     """Move the made files into place, manifest last."""
     made = sorted(file for file in folder.iterdir() if file.is_file())
     assert path.name in {file.name for file in made}, f"{path.name} was not made"
-    manifest.files = {file.name: {"sha256": file_hash(file), "bytes": file.stat().st_size} for file in made}
-    manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest.files = {file.name: _file_entry(file) for file in made}
     manifest_path(path).unlink(missing_ok=True)  # what it described is about to be replaced
     for file in made:
         _flush(file)
         file.replace(path.parent / file.name)
+    _write_manifest(manifest_path(path), manifest)
+    _flush(path.parent)
+
+
+def _write_manifest(file: Path, manifest: Manifest) -> None:
+    manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
     data = json.loads(canonical(asdict(manifest)))
     digest = hashlib.sha256(canonical(data)).hexdigest()
-    write_atomic(manifest_path(path), json.dumps({**data, "sha256": digest}, indent=1, sort_keys=True) + "\n")
-    _flush(path.parent)
+    write_atomic(file, json.dumps({**data, "sha256": digest}, indent=1, sort_keys=True) + "\n")
+
+
+def _file_entry(file: Path) -> dict[str, Any]:
+    return {"sha256": file_hash(file), "bytes": file.stat().st_size}
 
 
 def _flush(path: Path) -> None:

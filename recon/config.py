@@ -132,6 +132,27 @@ def options(package: str, base: type[Component]) -> Iterator[tuple[str, type[Com
                 yield name or package.rpartition(".")[2], cls
 
 
+def option(group: str, name: str) -> Component:
+    """The object of one option with the values of its YAML, as `<group>=<name>` would compose it.
+
+    Raises:
+        ReconError: there is no such option.
+    """
+    from omegaconf import OmegaConf
+
+    path = CONF / group / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+        raise ReconError(f"{group}={name}: no such option", f"options: {', '.join(known)}")
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    schema = values.pop("defaults")[0].rpartition("/")[2]
+    composed = OmegaConf.merge(OmegaConf.structured(dict(options(*GROUPS[group]))[schema]), values)
+    found = OmegaConf.to_object(composed)
+    assert isinstance(found, Component)
+    return found
+
+
 def _sweep(path: Path) -> Any:
     from omegaconf import OmegaConf
 

@@ -8,17 +8,18 @@ What a stage needs from an earlier one it obtains from the artifact store, so an
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recon.artifact import seal, write_atomic
 from recon.config import STAGES, Config
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
-from recon.network import Network
 from recon.report import write_report
 from recon.store import Store, built, exported, plan_rows
 from recon.tracking import Record
@@ -64,6 +65,15 @@ def plan(config: Config) -> list[dict[str, str]]:
     if {"reconstruct", "evaluate"} & set(config.stages):
         config.source.validate()
     return plan_rows(Store(config))
+
+
+def finish(run: Run) -> Path:
+    """Write metrics.json, then the manifest of the run folder: its presence means that the run is complete."""
+    path = run.folder / "metrics.json"
+    run.metrics["stages"] = [asdict(row) for row in run.rows]
+    write_atomic(path, json.dumps(run.metrics, indent=1, default=float) + "\n")
+    seal(run.folder, "run", [path, *run.record.files])
+    return path
 
 
 def export(run: Run) -> str:

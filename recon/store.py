@@ -106,6 +106,7 @@ def built(store: Store, network: Network) -> Artifact:
             facts = engine.build(onnx.path, folder / path.name)
             with engine.load(folder / path.name) as session:
                 facts["error_against_torch_fp32"] = error_against_torch(network, session)
+        facts["effective"] = {"engine": engine.settings(), "versions": engine.versions()}
         return facts
 
     return _obtain(store, path, "engine", "build", store.engine_key(network), make, network, [onnx.key])

@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all that a fresh machine needs (Python 3.11+, git, make).
+PYTHON ?= python3
+BIN := .venv/bin
+# The version that was tested. For the CPU build alone (smaller), point it at PyTorch's CPU wheels: make TORCH='torch==2.13.0 --index-url ...'
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint slow clean
+
+demo: .venv/ready
+	$(BIN)/python -m recon
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'recon needs Python 3.11 or newer; this is ' + sys.version)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[cpu,mlflow,sweep,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv outputs

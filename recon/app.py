@@ -1,0 +1,171 @@
+"""The command: Hydra composes a configuration, the pipeline runs it, a tracker records it, a person reads a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recon.artifact import write_atomic
+from recon.config import CONF, Config, register, to_config
+from recon.errors import ReconError, Refused
+
+if TYPE_CHECKING:
+    from recon.pipeline import Run
+
+log = logging.getLogger(__name__)
+register()
+
+
+def main() -> None:
+    """Entry of `python -m recon` and `recon`. Exit code 0 when everything ran, 1 when something did not."""
+    verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function instead of ending the process inside Hydra
+    try:
+        _hydra()
+    except (ReconError, HydraException, OmegaConfBaseException, OSError) as error:
+        if verbose or (isinstance(error, OSError) and not _about_output(error)):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: finished artifacts are kept, a rerun continues from them", file=sys.stderr)
+        sys.exit(130)
+    from recon.sweep import failed_jobs
+
+    sys.exit(1 if failed_jobs() else 0)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _hydra(composed: DictConfig) -> None:
+    """One job. In a sweep an error is a row of the table and the other jobs go on."""
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if settings.mode != RunMode.MULTIRUN:
+        _job(composed, settings, folder)
+        return
+    try:
+        _job(composed, settings, folder)
+    except Refused as error:
+        _write_result(folder, composed, "refused", error)
+    except Exception as error:
+        if not isinstance(error, ReconError):
+            log.error("%s", traceback.format_exc())
+        _write_result(folder, composed, "failed", error)
+
+
+def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
+    config = to_config(composed, dict(settings.runtime.choices))
+    if config.plan:
+        from recon.pipeline import plan
+
+        _table("Plan: nothing is run", plan(config))
+        return
+    tags = _tags(settings)
+    config.tracking.open(config.name, run_name(config), Path(config.output), tags)
+    run: Run | None = None
+    status = "FAILED"
+    try:
+        from recon.pipeline import run as run_pipeline
+
+        run = run_pipeline(config, folder)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        lines = _close(config, composed, run, status, tags, folder)
+    assert run is not None
+    _write_result(folder, composed, "ok", None, run.metrics)
+    _table(run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in run.rows])
+    for line in [f"results {folder}", *lines]:
+        _say(line)
+
+
+def _close(config: Config, composed: DictConfig, run: Run | None, status: str, tags: dict[str, str], folder: Path) -> list[str]:
+    """Write metrics.json and the tracker's record; a failed run is recorded too, without results."""
+    from recon.pipeline import finish
+    from recon.tracking import Record
+
+    record = run.record if run else Record()
+    if run is not None:
+        record.files.insert(0, finish(run))
+    record.params = _flatten(OmegaConf.to_container(composed, resolve=True))
+    record.files.append(folder / ".hydra")
+    record.tags = tags
+    return config.tracking.close(record, status)
+
+
+def run_name(config: Config) -> str:
+    """Name of a run for people: what was asked of it."""
+    return f"{config.model.name} {config.depth.name} {config.quant_mode.name} {config.precision.name} {config.engine.name}"
+
+
+def _tags(settings: Any) -> dict[str, str]:
+    from recon.doctor import machine_tags
+
+    tags = machine_tags()
+    if settings.mode == RunMode.MULTIRUN:
+        tags["sweep"] = Path(settings.sweep.dir).name
+    return tags
+
+
+def _write_result(folder: Path, composed: DictConfig, status: str, error: Exception | None, metrics: dict[str, Any] | None = None) -> None:
+    """`result.json`: the row that the sweep's table is made of."""
+    overrides = list(HydraConfig.get().overrides.task)
+    row = {"overrides": overrides, "status": status, "reason": str(error) if error else "", "summary": _summary(metrics or {})}
+    write_atomic(folder / "result.json", json.dumps(row, indent=1) + "\n")
+    if error:
+        _say(f"{status}: {' '.join(overrides)}: {error}")
+
+
+def _summary(metrics: dict[str, Any]) -> dict[str, float]:
+    """The few numbers that make rows of a sweep comparable."""
+    found: dict[str, float] = {}
+    for name, row in metrics.get("benchmark", {}).items():
+        found[f"{name} p50 ms"] = row["latency_ms_p50"]
+    evaluation = metrics.get("evaluation", {})
+    found |= {key: evaluation[key] for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in evaluation}
+    if "frames_seen" in metrics:
+        found["frames fused"] = metrics["frames_fused"]
+    return found
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {name: leaf for key, child in value.items() for name, leaf in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _message(error: BaseException) -> str:
+    """Hydra wraps the useful sentence in a chain; show the innermost one that says more."""
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else None
+    text = str(error)
+    return f"{text}\n{cause}" if cause and str(cause) not in text else text
+
+
+def _about_output(error: OSError) -> bool:
+    return error.filename is not None and error.errno in (1, 13, 17, 20, 28, 30)  # not permitted, in the way, full, read-only
+
+
+def _table(title: str, rows: list[dict[str, str]]) -> None:
+    from recon.report import print_table
+
+    print_table(title, rows)
+
+
+def _say(line: str) -> None:
+    from recon.console import console
+
+    console().print(line, markup=False)
