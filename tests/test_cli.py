@@ -1,0 +1,176 @@
+"""The command as a user types it: exit codes, messages, files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SMALL = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none", "fusion.voxel=0.05"]
+
+
+def recon(*arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*wrapper, sys.executable, "-m", "recon", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def newest_run(folder: Path) -> Path:
+    return max((folder / "outputs" / "runs").glob("*/*"), key=lambda path: path.name)
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 1, one message with the words, no traceback."""
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    assert "Traceback" not in text, text
+    for word in words:
+        assert word in text, text
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the small demo has run once."""
+    folder = tmp_path_factory.mktemp("demo")
+    recon(*SMALL, "save_per_frame_depth=true", cwd=folder)
+    return folder
+
+
+def test_the_run_folder_holds_what_the_design_lists(demo: Path) -> None:
+    run = newest_run(demo)
+    names = {path.name for path in run.iterdir()}
+    wanted = {"metrics.json", "report.html", "bootstrap_map.ply", "map_updated.ply", "tsdf_volume.npz", "mesh.ply", "depth_metric", "calibration.json", ".hydra"}
+    assert wanted <= names, wanted - names
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert {"metrics.json", "map_updated.ply", "tsdf_volume.npz"} <= manifest["files"].keys()
+
+
+def test_metrics_say_scale_frames_and_reasons(demo: Path) -> None:
+    metrics = json.loads((newest_run(demo) / "metrics.json").read_text())
+    assert metrics["scale"]["unit"] == "m"
+    assert metrics["scale"]["source"] != "none"
+    assert metrics["depth_type"] == "disparity"
+    assert metrics["frames_seen"] == 4 * 3
+    for frame in metrics["frames"]:
+        assert {"camera", "frame", "s", "t", "inlier_5pct", "resid_med_pct", "accepted", "reason", "ms_align"} <= frame.keys()
+        assert frame["accepted"] or frame["reason"]
+    assert metrics["evaluation"]["depth_absrel"] < 0.1
+
+
+def test_second_run_reuses_the_bootstrap_and_gives_the_same_map(demo: Path) -> None:
+    first = newest_run(demo)
+    recon(*SMALL, "save_per_frame_depth=true", cwd=demo)
+    second = newest_run(demo)
+    assert second != first
+    assert json.loads((second / "metrics.json").read_text())["bootstrap"]["reused"] is True
+    assert (second / "map_updated.ply").read_bytes() == (first / "map_updated.ply").read_bytes()
+
+
+def test_plan_runs_nothing(tmp_path: Path) -> None:
+    done = recon(*SMALL, "plan=true", cwd=tmp_path)
+    assert "miss" in done.stdout
+    assert not list(tmp_path.rglob("*.ply"))
+
+
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys\nsys.argv=['recon','--help']\nfrom recon.app import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy={'torch','onnx','onnxruntime','open3d','mlflow','transformers','matplotlib','cv2','scipy','numba'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "+sweep" in done.stdout
+    assert "source" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fusion=surfels"], ["surfels", "surfel"]),
+        (["+fuson=1"], ["unknown key fuson", "fusion"]),
+        (["source.width=wide"], ["wide"]),
+        (["source=images", "source.path=/no/such/folder"], ["/no/such/folder", "remedy"]),
+        (["source=images"], ["source.path"]),
+        (["+quant=modelopt-fp8", "precision=int8"], ["modelopt-fp8", "remedy"]),
+        (["+quant=modelopt-fp8", "quant_mode=none"], ["contradicts"]),
+        (["stages=[evaluate]"], ["reconstruct"]),
+        (["source.frame_step=0"], ["frame_step"]),
+        (["source.views=[nobody]"], ["nobody"]),
+    ],
+)
+def test_bad_requests_end_with_one_message(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    refused(recon(*arguments, cwd=tmp_path, check=None), *words)
+
+
+def namespace(script: str) -> tuple[str, ...]:
+    """Run a command with its own mounts, as an unprivileged user may where the kernel allows it."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system does not allow user namespaces, so no small or read-only disk can be mounted")
+    return ("unshare", "-rm", "sh", "-c", f'{script} && exec "$@"', "sh")
+
+
+@pytest.mark.parametrize("size", ["64k", "400k", "1500k"])
+def test_full_disk(tmp_path: Path, size: str) -> None:
+    (tmp_path / "outputs").mkdir()
+    done = recon(*SMALL, cwd=tmp_path, check=None, wrapper=namespace(f"mount -t tmpfs -o size={size} tmpfs {tmp_path}/outputs"))
+    refused(done, "full")
+
+
+def test_read_only_output(tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    done = recon(*SMALL, cwd=tmp_path, check=None, wrapper=namespace(f"mount -t tmpfs -o ro tmpfs {tmp_path}/outputs"))
+    refused(done, "outputs", "ead-only")
+
+
+def test_output_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    refused(recon(*SMALL, cwd=tmp_path, check=None), "outputs")
+
+
+def test_a_sweep_ends_with_one_table_and_refused_rows(tmp_path: Path) -> None:
+    done = recon("-m", "quant_mode=none,modelopt-fp8", "stages=[export]", "tracking=none", "hydra.sweep.dir=outputs/sweep", cwd=tmp_path)
+    rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
+    assert [row["status"] for row in rows] == ["ok", "refused"]
+    assert "modelopt-fp8" in rows[1]["reason"]
+    assert "refused" in done.stdout
+
+
+def test_a_failed_job_does_not_stop_the_sweep_but_its_exit_code(tmp_path: Path) -> None:
+    done = recon("-m", "source.frame_step=0,1", *SMALL, "hydra.sweep.dir=outputs/sweep", cwd=tmp_path, check=1)
+    rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
+    assert [row["status"] for row in rows] == ["failed", "ok"], done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(demo: Path, tmp_path: Path) -> None:
+    """Ten SIGKILLs spread over the run, then one run to the end: same map, same calibration, no stray files."""
+    arguments = [*SMALL, "save_per_frame_depth=true"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    start = time.perf_counter()
+    recon(*arguments, cwd=demo)
+    duration = time.perf_counter() - start
+    rng = np.random.default_rng(7)
+    for moment in np.sort(rng.uniform(0.25, 1.0, 10)) * duration:
+        process = subprocess.Popen([sys.executable, "-m", "recon", *arguments], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(float(moment))
+        process.kill()
+        process.wait()
+    killed = {path for path in (tmp_path / "outputs" / "runs").glob("*/*") if not (path / "manifest.json").exists()}
+    recon(*arguments, cwd=tmp_path)
+    final, wanted = newest_run(tmp_path), newest_run(demo)
+    assert final not in killed
+    for name in ("bootstrap_map.ply", "map_updated.ply", "mesh.ply", "tsdf_volume.npz"):
+        assert (final / name).read_bytes() == (wanted / name).read_bytes(), name
+    frames = [[{k: v for k, v in row.items() if not k.startswith("ms")} for row in json.loads((run / "metrics.json").read_text())["frames"]] for run in (final, wanted)]
+    assert frames[0] == frames[1]
+    assert not list((tmp_path / "outputs" / "cache").rglob("*.tmp"))
