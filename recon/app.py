@@ -88,12 +88,16 @@ def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
         lines = _close(config, composed, run, status, tags, folder)
     assert run is not None
     _write_result(folder, composed, "ok", None, run.metrics)
-    _table(run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in run.rows])
+    _table(
+        run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in run.rows]
+    )
     for line in [f"results {folder}", *lines]:
         _say(line)
 
 
-def _close(config: Config, composed: DictConfig, run: Run | None, status: str, tags: dict[str, str], folder: Path) -> list[str]:
+def _close(
+    config: Config, composed: DictConfig, run: Run | None, status: str, tags: dict[str, str], folder: Path
+) -> list[str]:
     """Write metrics.json and the tracker's record; a failed run is recorded too, without results."""
     from recon.pipeline import finish
     from recon.tracking import Record
@@ -109,7 +113,9 @@ def _close(config: Config, composed: DictConfig, run: Run | None, status: str, t
 
 def run_name(config: Config) -> str:
     """Name of a run for people: what was asked of it."""
-    return f"{config.model.name} {config.depth.name} {config.quant_mode.name} {config.precision.name} {config.engine.name}"
+    return (
+        f"{config.model.name} {config.depth.name} {config.quant_mode.name} {config.precision.name} {config.engine.name}"
+    )
 
 
 def _tags(settings: Any) -> dict[str, str]:
@@ -121,10 +127,17 @@ def _tags(settings: Any) -> dict[str, str]:
     return tags
 
 
-def _write_result(folder: Path, composed: DictConfig, status: str, error: Exception | None, metrics: dict[str, Any] | None = None) -> None:
+def _write_result(
+    folder: Path, composed: DictConfig, status: str, error: Exception | None, metrics: dict[str, Any] | None = None
+) -> None:
     """`result.json`: the row that the sweep's table is made of."""
     overrides = list(HydraConfig.get().overrides.task)
-    row = {"overrides": overrides, "status": status, "reason": str(error) if error else "", "summary": _summary(metrics or {})}
+    row = {
+        "overrides": overrides,
+        "status": status,
+        "reason": str(error) if error else "",
+        "summary": _summary(metrics or {}),
+    }
     write_atomic(folder / "result.json", json.dumps(row, indent=1) + "\n")
     if error:
         _say(f"{status}: {' '.join(overrides)}: {error}")
@@ -145,7 +158,11 @@ def _summary(metrics: dict[str, Any]) -> dict[str, float]:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {name: leaf for key, child in value.items() for name, leaf in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        name: leaf
+        for key, child in value.items()
+        for name, leaf in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _message(error: BaseException) -> str:
@@ -156,7 +173,14 @@ def _message(error: BaseException) -> str:
 
 
 def _about_output(error: OSError) -> bool:
-    return error.filename is not None and error.errno in (1, 13, 17, 20, 28, 30)  # not permitted, in the way, full, read-only
+    return error.filename is not None and error.errno in (
+        1,
+        13,
+        17,
+        20,
+        28,
+        30,
+    )  # not permitted, in the way, full, read-only
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> None:

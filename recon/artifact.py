@@ -93,7 +93,7 @@ def seal(folder: Path, kind: str, files: list[Path]) -> Manifest:
 
 
 def find(path: Path, kind: str, key: str) -> Manifest | None:
-    """The manifest of a complete artifact with this key; None when absent, of another key, or damaged (logged by name)."""
+    """The manifest of a complete artifact with this key; None when absent, of another key, or damaged (logged)."""
     if not manifest_path(path).exists():
         return None
     try:
@@ -189,23 +189,30 @@ def writable(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except PermissionError as error:
-        raise ReconError(f"{error.filename or folder}: not writable", "choose another folder with output=DIR") from error
+        raise ReconError(
+            f"{error.filename or folder}: not writable", "choose another folder with output=DIR"
+        ) from error
     except OSError as error:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
             free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
             raise ReconError(
-                f"{folder}: the disk is full ({free:.0f} MiB free)", "free some space or choose another folder with output=DIR"
+                f"{folder}: the disk is full ({free:.0f} MiB free)",
+                "free some space or choose another folder with output=DIR",
             ) from error
         if error.errno == 30:  # EROFS
-            raise ReconError(f"{folder}: on a read-only file system", "choose another folder with output=DIR") from error
+            raise ReconError(
+                f"{folder}: on a read-only file system", "choose another folder with output=DIR"
+            ) from error
         if isinstance(error, (FileExistsError, NotADirectoryError)):
-            raise ReconError(f"{folder}: a file is in the way of this folder", "choose another folder with output=DIR") from error
+            raise ReconError(
+                f"{folder}: a file is in the way of this folder", "choose another folder with output=DIR"
+            ) from error
         raise
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time makes an artifact; others wait and then reuse it. The kernel frees the lock of a killed one."""
+    """One process at a time makes an artifact; others wait and reuse it. The kernel frees a killed one's lock."""
     import fcntl
 
     lock = path.with_name(f".{path.name}.lock")

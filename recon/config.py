@@ -69,7 +69,9 @@ class Evaluate:
         if not self.threshold > 0:
             raise ReconError(f"evaluate.threshold={self.threshold}: must be positive", "0.02 is 2 cm in a metric map")
         if self.reference is not None and not Path(self.reference).is_file():
-            raise ReconError(f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz")
+            raise ReconError(
+                f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz"
+            )
 
 
 @dataclass
@@ -116,7 +118,9 @@ def register() -> None:
         for module, cls in options(package, base):
             store.store(group=f"schema/{group}", name=module, node=cls, package=group)
     for path in sorted((CONF / "quant_mode").glob("*.yaml")):
-        store.store(group="quant", name=path.stem, package="_global_", node={"defaults": [{"override /quant_mode": path.stem}]})
+        store.store(
+            group="quant", name=path.stem, package="_global_", node={"defaults": [{"override /quant_mode": path.stem}]}
+        )
     for path in sorted(SWEEPS.glob("*.yaml")):
         store.store(group="sweep", name=path.stem, package="_global_", node=_sweep(path))
 
@@ -124,7 +128,11 @@ def register() -> None:
 def options(package: str, base: type[Component]) -> Iterator[tuple[str, type[Component]]]:
     """(module name, dataclass) of every option of a group: one per module, found by scanning the package."""
     root = importlib.import_module(package)
-    names = [info.name for info in pkgutil.iter_modules(root.__path__) if not info.ispkg] if hasattr(root, "__path__") else [""]
+    names = (
+        [info.name for info in pkgutil.iter_modules(root.__path__) if not info.ispkg]
+        if hasattr(root, "__path__")
+        else [""]
+    )
     for name in names:
         module = importlib.import_module(f"{package}.{name}") if name else root
         for _, cls in inspect.getmembers(module, inspect.isclass):
@@ -171,7 +179,9 @@ def to_config(composed: DictConfig, choices: dict[str, Any]) -> Config:
     unknown_keys(composed)
     alias, mode = choices.get("quant"), choices.get("quant_mode")
     if alias is not None and alias != mode:
-        raise ReconError(f"+quant={alias} contradicts quant_mode={mode}", "give one of the two; they are the same switch")
+        raise ReconError(
+            f"+quant={alias} contradicts quant_mode={mode}", "give one of the two; they are the same switch"
+        )
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     check(config)
@@ -190,7 +200,10 @@ def unknown_keys(composed: DictConfig) -> None:
         for key in node:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
-                raise ReconError(f"unknown key {where}{key}", f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}")
+                raise ReconError(
+                    f"unknown key {where}{key}",
+                    f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}",
+                )
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
                 walk(child, f"{where}{key}.")
@@ -209,7 +222,9 @@ def check(config: Config) -> None:
             raise Refused(f"stage {stage!r} is not built yet", f"stages in this version: {', '.join(STAGES)}")
         if stage not in STAGES:
             near = difflib.get_close_matches(stage, STAGES, 1)
-            raise ReconError(f"unknown stage {stage!r}", f"did you mean {near[0]!r}?" if near else f"stages: {', '.join(STAGES)}")
+            raise ReconError(
+                f"unknown stage {stage!r}", f"did you mean {near[0]!r}?" if near else f"stages: {', '.join(STAGES)}"
+            )
     if not config.stages:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
     if config.viewer != "none":
@@ -223,6 +238,4 @@ def components(config: Config) -> tuple[Component, ...]:
     """The chosen options, in group order. A stage list that needs no source or map does not check theirs."""
     needed = set(config.stages)
     geometry = bool(needed & {"reconstruct", "evaluate"})
-    return tuple(
-        getattr(config, group) for group in GROUPS if geometry or group not in ("source", "fusion")
-    )
+    return tuple(getattr(config, group) for group in GROUPS if geometry or group not in ("source", "fusion"))

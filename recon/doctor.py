@@ -110,7 +110,10 @@ def machine_tags() -> dict[str, str]:
         ["git", *args.split()], capture_output=True, text=True, timeout=5, check=True, cwd=Path(__file__).parent
     ).stdout.strip()
     try:
-        tags |= {"git_commit": git("rev-parse HEAD"), "git_dirty": str(bool(git("status --porcelain --untracked-files=no")))}
+        tags |= {
+            "git_commit": git("rev-parse HEAD"),
+            "git_dirty": str(bool(git("status --porcelain --untracked-files=no"))),
+        }
     except (OSError, subprocess.SubprocessError):
         tags["git_commit"] = "not a git checkout"
     return tags
@@ -127,7 +130,11 @@ def _open3d() -> str:
 
 
 def _onnxruntime() -> str:
-    return "" if version_of("onnxruntime") or version_of("onnxruntime-gpu") else "onnxruntime is missing: pip install onnxruntime"
+    return (
+        ""
+        if version_of("onnxruntime") or version_of("onnxruntime-gpu")
+        else "onnxruntime is missing: pip install onnxruntime"
+    )
 
 
 def _store() -> str:

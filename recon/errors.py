@@ -19,7 +19,7 @@ class ReconError(Exception):
 
 
 class Refused(ReconError):
-    """A combination of options that cannot run, found before any work started. In a sweep it is a row, not a failure."""
+    """A combination of options that cannot run, found before any work. In a sweep it is a row, not a failure."""
 
 
 class Damaged(ReconError):

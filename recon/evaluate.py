@@ -63,7 +63,7 @@ def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
 
 
 def load_reference(path: str) -> Surface:
-    """A reference surface from NPZ: points_mm [N,3] (or points [N,3]), normals [N,3] (or normals_i8 / 127), optional seen [N].
+    """A reference surface from NPZ: points_mm or points [N,3], optional normals (or normals_i8 / 127) [N,3] and seen [N].
 
     Raises:
         ReconError: an array is missing or has another shape.
@@ -74,10 +74,21 @@ def load_reference(path: str) -> Surface:
         elif "points" in data:
             points = data["points"].astype(np.float64)
         else:
-            raise ReconError(f"{path}: has {sorted(data.files)}, needs points_mm or points", "points [N,3] in map units, or points_mm")
+            raise ReconError(
+                f"{path}: has {sorted(data.files)}, needs points_mm or points",
+                "points [N,3] in map units, or points_mm",
+            )
         if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
-            raise ReconError(f"{path}: points are {points.shape}, needed are finite [N,3]", "write one row per surface sample")
-        normals = data["normals"] if "normals" in data else data["normals_i8"] / 127.0 if "normals_i8" in data else np.zeros_like(points)
+            raise ReconError(
+                f"{path}: points are {points.shape}, needed are finite [N,3]", "write one row per surface sample"
+            )
+        normals = (
+            data["normals"]
+            if "normals" in data
+            else data["normals_i8"] / 127.0
+            if "normals_i8" in data
+            else np.zeros_like(points)
+        )
         seen = data["seen"] > 0 if "seen" in data else np.ones(len(points), bool)
     return Surface(points, np.asarray(normals, np.float64), seen)
 
@@ -91,7 +102,9 @@ def _rendered(config: Config, result: Reconstruction) -> dict[str, float]:
         mask = (rendered > 0) & (view.depth > 0) & (view.depth < config.fusion.max_depth)
         if mask.any():
             frames.append(depth_metrics(rendered, view.depth, mask))
-    return {f"rendered_{name}": float(np.mean([frame[name] for frame in frames])) for name in frames[0]} if frames else {}
+    return (
+        {f"rendered_{name}": float(np.mean([frame[name] for frame in frames])) for name in frames[0]} if frames else {}
+    )
 
 
 def _against(surface: Surface, config: Config, result: Reconstruction) -> dict[str, float]:

@@ -31,5 +31,7 @@ def open3d() -> ModuleType:
     except ImportError as error:
         remedy = "pip install 'recon[cpu]' (or 'recon[gpu]')"
         if ".so" in str(error):
-            remedy = "install the system library named above, on Debian and Ubuntu: apt-get install libusb-1.0-0 libgomp1 libgl1 libx11-6"
+            remedy = (
+                "install the library named above; Debian, Ubuntu: apt-get install libusb-1.0-0 libgomp1 libgl1 libx11-6"
+            )
         raise ReconError(f"cannot import open3d: {error}", remedy) from error

@@ -112,7 +112,9 @@ def benchmark(run: Run) -> str:
     results = benchmark_engines(run.store)
     for name, row in results.items():
         run.metrics.setdefault("benchmark", {})[name] = row["summary"]
-        run.record.metrics |= {f"engine/{name}_{key}": value for key, value in row["summary"].items() if isinstance(value, float)}
+        run.record.metrics |= {
+            f"engine/{name}_{key}": value for key, value in row["summary"].items() if isinstance(value, float)
+        }
         run.record.series[f"engine/{name}_latency_ms"] = row["samples_ms"]
     if results:
         run.record.tables["benchmark"] = [{"engine": name, **row["summary"]} for name, row in results.items()]
@@ -146,7 +148,9 @@ def evaluate(run: Run) -> str:
     run.record.metrics |= flat
     if not found:
         return "the source has no recorded depth and no reference surface: nothing to judge against"
-    return ", ".join(f"{key} {found[key]:.3g}" for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in found)
+    return ", ".join(
+        f"{key} {found[key]:.3g}" for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in found
+    )
 
 
 def report(run: Run) -> str:

@@ -59,7 +59,11 @@ class Reconstruction:
             "depth_type": self.depth_type,
             "map_type": self.map_type,
             "map": self.map_stats,
-            "bootstrap": {"cameras": len(self.bootstrap.views), "reused": self.bootstrap_reused, **self.bootstrap.notes},
+            "bootstrap": {
+                "cameras": len(self.bootstrap.views),
+                "reused": self.bootstrap_reused,
+                **self.bootstrap.notes,
+            },
             "frames_seen": len(self.frames),
             "frames_fused": self.accepted,
             "frames_rejected": dict(Counter(frame["reason"] for frame in self.frames if not frame["accepted"])),
@@ -89,7 +93,9 @@ def bootstrap_key(store: Store) -> str:
     config = store.config
     network = store.networks().get("model")
     engine = store.engine_key(network) if network else None
-    return content_key([BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), config.source.scale(), engine])
+    return content_key(
+        [BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), config.source.scale(), engine]
+    )
 
 
 def bootstrap_path(store: Store, key: str) -> Path:
@@ -114,7 +120,9 @@ def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact,
     return artifact, read_bootstrap(path)
 
 
-def reconstruct_scene(config: Config, found: tuple[Artifact, Bootstrap], session: Session | None, folder: Path) -> Reconstruction:
+def reconstruct_scene(
+    config: Config, found: tuple[Artifact, Bootstrap], session: Session | None, folder: Path
+) -> Reconstruction:
     """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder."""
     from recon.evaluate import DepthScores
 
@@ -124,7 +132,13 @@ def reconstruct_scene(config: Config, found: tuple[Artifact, Bootstrap], session
     for view in bootstrap.views:
         fused.integrate(view, 0)
     result = Reconstruction(
-        bootstrap.scale, config.depth.type, config.fusion.name, bootstrap, artifact.reused, fused, DepthScores(bootstrap.scale)
+        bootstrap.scale,
+        config.depth.type,
+        config.fusion.name,
+        bootstrap,
+        artifact.reused,
+        fused,
+        DepthScores(bootstrap.scale),
     )
     result.seconds["bootstrap_fuse"] = time.perf_counter() - start
     _write_points(result, folder / "bootstrap_map.ply")
@@ -194,7 +208,8 @@ def _calibration(config: Config, streamer: Streamer) -> dict[str, Any]:
         "depth": config.depth.settings(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cameras": {
-            name: {**aligner.state(), "intrinsics_sha256": _intrinsics_key(streamer, name)} for name, aligner in streamer.aligners.items()
+            name: {**aligner.state(), "intrinsics_sha256": _intrinsics_key(streamer, name)}
+            for name, aligner in streamer.aligners.items()
         },
     }
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#1c2430}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}img{max-width:100%;border-radius:6px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .8rem;border-bottom:1px solid #dde3ea;text-align:left}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .8rem;border-bottom:1px solid #dde3ea;text-align:left}
 .note{color:#5a6675}
 """
 
@@ -49,8 +50,14 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
         parts += ["<h2>Map</h2>", _image(map_figure(result)), _map_note(metrics)]
         parts += ["<h2>Alignment</h2>", _image(alignment_figure(result)), _image(depth_figure(result))]
     if metrics.get("evaluation"):
-        parts += ["<h2>Evaluation</h2>", _rows([{"metric": key, "value": value} for key, value in metrics["evaluation"].items()])]
-    page = f"<!doctype html><meta charset=utf-8><title>recon {html.escape(config.name)}</title><style>{STYLE}</style>" + "\n".join(parts)
+        parts += [
+            "<h2>Evaluation</h2>",
+            _rows([{"metric": key, "value": value} for key, value in metrics["evaluation"].items()]),
+        ]
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>recon {html.escape(config.name)}</title><style>{STYLE}</style>"
+        + "\n".join(parts)
+    )
     path = folder / "report.html"
     write_atomic(path, page)
     return path
@@ -72,14 +79,17 @@ def map_figure(result: Reconstruction) -> Figure:
     return figure
 
 
-def splat_image(points: Any, colors: Any, eye: Any, target: Any, width: int, height: int, lift: float = 0.0) -> np.ndarray:
-    """[height,width,3] uint8: points drawn as small squares, nearest in front, from `eye` towards `target` (world y is down)."""
-    forward = np.asarray(target, float) - eye - [0, -lift, 0]
+def splat_image(
+    points: Any, colors: Any, eye: Any, target: Any, width: int, height: int, lift: float = 0.0
+) -> np.ndarray:
+    """[height,width,3] uint8: points as small squares, nearest in front, from `eye` to `target` (world y is down)."""
+    eye = np.add(eye, (0, -lift, 0))
+    forward = np.asarray(target, float) - eye
     forward /= np.linalg.norm(forward)
     right = np.cross(forward, [0.0, -1.0, 0.0])
     right /= max(float(np.linalg.norm(right)), 1e-9)
     down = np.cross(forward, right)
-    local = (np.asarray(points, float) - (np.asarray(eye) + [0, -lift, 0])) @ np.stack([right, down, forward], 1)
+    local = (np.asarray(points, float) - eye) @ np.stack([right, down, forward], 1)
     keep = local[:, 2] > 0.05
     local, tint = local[keep], np.asarray(colors)[keep]
     u = np.rint(local[:, 0] / local[:, 2] * width * 0.75 + width / 2).astype(int)
@@ -142,7 +152,10 @@ def _turn(degrees: float) -> Any:
 
 
 def _settings(config: Config) -> str:
-    chosen = {group: getattr(config, group).name for group in ("model", "depth", "quant_mode", "precision", "engine", "source", "fusion")}
+    chosen = {
+        group: getattr(config, group).name
+        for group in ("model", "depth", "quant_mode", "precision", "engine", "source", "fusion")
+    }
     return _rows([chosen])
 
 

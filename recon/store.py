@@ -71,7 +71,9 @@ class Store:
     def engine_key(self, network: Network) -> str:
         engine = self.config.engine
         if not engine.builds:
-            return content_key([BUILD_VERSION, self.requested(network), network.weights_key, engine.settings(), engine.versions()])
+            return content_key(
+                [BUILD_VERSION, self.requested(network), network.weights_key, engine.settings(), engine.versions()]
+            )
         return content_key([BUILD_VERSION, self.onnx_key(network), engine.settings(), engine.versions()])
 
     def session(self, role: str, stack: ExitStack) -> Session | None:
@@ -124,7 +126,9 @@ def error_against_torch(network: Network, session: Session) -> dict[str, Any]:
     from recon.engines.torch import Torch
 
     with Torch(name="torch").session(network, None) as reference:
-        return {name: asdict(error) for name, error in compare(reference, session, [network.example(PROBE_SEED)]).items()}
+        return {
+            name: asdict(error) for name, error in compare(reference, session, [network.example(PROBE_SEED)]).items()
+        }
 
 
 def plan_rows(store: Store) -> list[dict[str, str]]:
@@ -159,7 +163,14 @@ def _plan_row(stage: str, path: Path, kind: str, key: str, memory_mib: float, fo
 
 
 def _obtain(
-    store: Store, path: Path, kind: str, stage: str, key: str, make: Callable[[Path], dict[str, Any]], network: Network, parents: list[str]
+    store: Store,
+    path: Path,
+    kind: str,
+    stage: str,
+    key: str,
+    make: Callable[[Path], dict[str, Any]],
+    network: Network,
+    parents: list[str],
 ) -> Artifact:
     redo = stage in store.config.force and (path, stage) not in store.redone
     store.redone.add((path, stage))

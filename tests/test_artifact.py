@@ -1,11 +1,12 @@
 """Artifacts: reused when right, rebuilt when damaged, never half-written."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from recon.artifact import atomic_file, content_key, find, manifest_path, obtain, read_manifest, write_atomic
+from recon.artifact import atomic_file, content_key, find, manifest_path, obtain, read_manifest, writable, write_atomic
 from recon.errors import Damaged, ReconError
 
 
@@ -33,7 +34,9 @@ def test_another_key_replaces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.bin", "a.bin.data", "a.bin.json"])
 @pytest.mark.parametrize("where", [0.0, 0.37, 0.99])
-def test_one_flipped_bit_is_named_and_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, where: float) -> None:
+def test_one_flipped_bit_is_named_and_rebuilt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, where: float
+) -> None:
     obtain(tmp_path / "a.bin", "test", "k1", make_pair)
     data = bytearray((tmp_path / name).read_bytes())
     data[int(where * len(data))] ^= 0x10
@@ -77,24 +80,31 @@ def test_manifest_without_its_hash_is_damaged(tmp_path: Path) -> None:
         read_manifest(tmp_path / "a.bin")
 
 
+def fail_half_way(path: Path) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("stop")
+
+
 def test_atomic_file_keeps_the_old_content_on_error(tmp_path: Path) -> None:
     write_atomic(tmp_path / "x.txt", "old")
-    with pytest.raises(RuntimeError), atomic_file(tmp_path / "x.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail_half_way(tmp_path / "x.txt")
     assert (tmp_path / "x.txt").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def fill(file: BinaryIO) -> None:
+    with writable(Path.cwd()):
+        file.write(b"x")
 
 
 def test_full_disk_is_one_clear_error() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("/dev/full: this system has no device that is always full")
-    with pytest.raises(ReconError, match="disk is full") as caught:
-        from recon.artifact import writable
-
-        with writable(Path("/tmp")), full.open("wb", buffering=0) as file:
-            file.write(b"x")
+    with full.open("wb", buffering=0) as file, pytest.raises(ReconError, match="disk is full") as caught:
+        fill(file)
     assert "output=DIR" in caught.value.remedy
 
 

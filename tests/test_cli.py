@@ -14,7 +14,9 @@ import pytest
 SMALL = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none", "fusion.voxel=0.05"]
 
 
-def recon(*arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def recon(
+    *arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     command = [*wrapper, sys.executable, "-m", "recon", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -47,7 +49,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_holds_what_the_design_lists(demo: Path) -> None:
     run = newest_run(demo)
     names = {path.name for path in run.iterdir()}
-    wanted = {"metrics.json", "report.html", "bootstrap_map.ply", "map_updated.ply", "tsdf_volume.npz", "mesh.ply", "depth_metric", "calibration.json", ".hydra"}
+    wanted = {
+        "metrics.json",
+        "report.html",
+        "bootstrap_map.ply",
+        "map_updated.ply",
+        "tsdf_volume.npz",
+        "mesh.ply",
+        "depth_metric",
+        "calibration.json",
+        ".hydra",
+    }
     assert wanted <= names, wanted - names
     manifest = json.loads((run / "manifest.json").read_text())
     assert {"metrics.json", "map_updated.ply", "tsdf_volume.npz"} <= manifest["files"].keys()
@@ -60,7 +72,17 @@ def test_metrics_say_scale_frames_and_reasons(demo: Path) -> None:
     assert metrics["depth_type"] == "disparity"
     assert metrics["frames_seen"] == 4 * 3
     for frame in metrics["frames"]:
-        assert {"camera", "frame", "s", "t", "inlier_5pct", "resid_med_pct", "accepted", "reason", "ms_align"} <= frame.keys()
+        assert {
+            "camera",
+            "frame",
+            "s",
+            "t",
+            "inlier_5pct",
+            "resid_med_pct",
+            "accepted",
+            "reason",
+            "ms_align",
+        } <= frame.keys()
         assert frame["accepted"] or frame["reason"]
     assert metrics["evaluation"]["depth_absrel"] < 0.1
 
@@ -87,7 +109,9 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         "heavy={'torch','onnx','onnxruntime','open3d','mlflow','transformers','matplotlib','cv2','scipy','numba'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "+sweep" in done.stdout
     assert "source" in done.stdout
@@ -114,7 +138,10 @@ def test_bad_requests_end_with_one_message(tmp_path: Path, arguments: list[str],
 
 def namespace(script: str) -> tuple[str, ...]:
     """Run a command with its own mounts, as an unprivileged user may where the kernel allows it."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode
+    ):
         pytest.skip("this system does not allow user namespaces, so no small or read-only disk can be mounted")
     return ("unshare", "-rm", "sh", "-c", f'{script} && exec "$@"', "sh")
 
@@ -122,7 +149,9 @@ def namespace(script: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("size", ["64k", "400k", "1500k"])
 def test_full_disk(tmp_path: Path, size: str) -> None:
     (tmp_path / "outputs").mkdir()
-    done = recon(*SMALL, cwd=tmp_path, check=None, wrapper=namespace(f"mount -t tmpfs -o size={size} tmpfs {tmp_path}/outputs"))
+    done = recon(
+        *SMALL, cwd=tmp_path, check=None, wrapper=namespace(f"mount -t tmpfs -o size={size} tmpfs {tmp_path}/outputs")
+    )
     refused(done, "full")
 
 
@@ -138,7 +167,14 @@ def test_output_below_a_file(tmp_path: Path) -> None:
 
 
 def test_a_sweep_ends_with_one_table_and_refused_rows(tmp_path: Path) -> None:
-    done = recon("-m", "quant_mode=none,modelopt-fp8", "stages=[export]", "tracking=none", "hydra.sweep.dir=outputs/sweep", cwd=tmp_path)
+    done = recon(
+        "-m",
+        "quant_mode=none,modelopt-fp8",
+        "stages=[export]",
+        "tracking=none",
+        "hydra.sweep.dir=outputs/sweep",
+        cwd=tmp_path,
+    )
     rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
     assert [row["status"] for row in rows] == ["ok", "refused"]
     assert "modelopt-fp8" in rows[1]["reason"]
@@ -161,7 +197,13 @@ def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(demo: 
     duration = time.perf_counter() - start
     rng = np.random.default_rng(7)
     for moment in np.sort(rng.uniform(0.25, 1.0, 10)) * duration:
-        process = subprocess.Popen([sys.executable, "-m", "recon", *arguments], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "recon", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(float(moment))
         process.kill()
         process.wait()
@@ -171,6 +213,12 @@ def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(demo: 
     assert final not in killed
     for name in ("bootstrap_map.ply", "map_updated.ply", "mesh.ply", "tsdf_volume.npz"):
         assert (final / name).read_bytes() == (wanted / name).read_bytes(), name
-    frames = [[{k: v for k, v in row.items() if not k.startswith("ms")} for row in json.loads((run / "metrics.json").read_text())["frames"]] for run in (final, wanted)]
+    frames = [
+        [
+            {k: v for k, v in row.items() if not k.startswith("ms")}
+            for row in json.loads((run / "metrics.json").read_text())["frames"]
+        ]
+        for run in (final, wanted)
+    ]
     assert frames[0] == frames[1]
     assert not list((tmp_path / "outputs" / "cache").rglob("*.tmp"))

@@ -92,7 +92,9 @@ def test_every_command_of_the_design_composes(command: str) -> None:
 
 
 def test_sweep_axes_parse_word_for_word() -> None:
-    parsed = OverridesParser.create().parse_overrides(["quant_mode=none,modelopt-fp8", "precision=fp16,int8", "+sweep=all-quant-modes"])
+    parsed = OverridesParser.create().parse_overrides(
+        ["quant_mode=none,modelopt-fp8", "precision=fp16,int8", "+sweep=all-quant-modes"]
+    )
     assert [item.is_sweep_override() for item in parsed] == [True, True, False]
 
 
@@ -101,12 +103,18 @@ def test_the_default_passes_every_check() -> None:
 
 
 def test_quant_alias_is_the_same_switch() -> None:
-    assert composed("+quant=modelopt-fp8").quant_mode.settings() == composed("quant_mode=modelopt-fp8").quant_mode.settings()
+    assert (
+        composed("+quant=modelopt-fp8").quant_mode.settings()
+        == composed("quant_mode=modelopt-fp8").quant_mode.settings()
+    )
     with pytest.raises(ReconError, match="contradicts"):
         composed("+quant=modelopt-fp8", "quant_mode=none", check_it=True)
 
 
-@pytest.mark.parametrize(("override", "near"), [("+fuson=1", "fusion"), ("+source.hieght=3", "source.height"), ("+align.smooth=1", "align.smooth_scale")])
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [("+fuson=1", "fusion"), ("+source.hieght=3", "source.height"), ("+align.smooth=1", "align.smooth_scale")],
+)
 def test_unknown_plus_keys_are_refused_with_the_nearest(override: str, near: str) -> None:
     with pytest.raises(ReconError, match="unknown key") as caught:
         composed(override, check_it=True)
@@ -135,7 +143,17 @@ def test_what_is_not_built_yet_is_refused_with_one_sentence(command: str) -> Non
     assert "\n" not in caught.value.problem
 
 
-@pytest.mark.parametrize("override", ["stages=[exprot]", "stages=[]", "fusion.voxel=0", "depth.every=0", "evaluate.threshold=-1", "evaluate.reference=none.npz"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages=[exprot]",
+        "stages=[]",
+        "fusion.voxel=0",
+        "depth.every=0",
+        "evaluate.threshold=-1",
+        "evaluate.reference=none.npz",
+    ],
+)
 def test_impossible_values_are_refused(override: str) -> None:
     with pytest.raises(ReconError) as caught:
         check(composed(override))

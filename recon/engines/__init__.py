@@ -67,7 +67,7 @@ class Engine(Component):
 
     @abstractmethod
     def build(self, onnx: Path, out: Path) -> dict[str, Any]:
-        """Write the engine file `out` from `onnx`; returns facts for the manifest (what is in the engine, versions, times)."""
+        """Write the engine file `out` from `onnx`; returns facts for the manifest: what is in it, versions, times."""
 
     @abstractmethod
     def load(self, path: Path) -> Session:

@@ -15,7 +15,8 @@ def write_bootstrap(path: Path, bootstrap: Bootstrap) -> None:
     """Arrays per view (`0_image`, `0_depth`, `0_K`, `0_T_world_cam`, `0_confidence`) and `meta`, a JSON string."""
     arrays: dict[str, np.ndarray] = {}
     for index, view in enumerate(bootstrap.views):
-        arrays |= {f"{index}_image": view.image, f"{index}_depth": view.depth, f"{index}_K": view.K, f"{index}_T_world_cam": view.T_world_cam}
+        arrays |= {f"{index}_image": view.image, f"{index}_depth": view.depth}
+        arrays |= {f"{index}_K": view.K, f"{index}_T_world_cam": view.T_world_cam}
         if view.confidence is not None:
             arrays[f"{index}_confidence"] = view.confidence
     meta = {
@@ -37,7 +38,7 @@ def read_bootstrap(path: Path) -> Bootstrap:
         views = [
             PosedDepth(
                 camera, data[f"{i}_image"], data[f"{i}_depth"], data[f"{i}_K"], data[f"{i}_T_world_cam"],
-                data[f"{i}_confidence"] if f"{i}_confidence" in data else None,
+                data.get(f"{i}_confidence"),
             )
             for i, camera in enumerate(meta["cameras"])
         ]  # fmt: skip

@@ -23,7 +23,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         if (self.unit == "m") == (self.source == "none"):
-            raise ValueError(f"unit {self.unit!r} with scale source {self.source!r}: 'm' needs a source, and a source gives 'm'")
+            raise ValueError(
+                f"unit {self.unit!r} with scale source {self.source!r}: 'm' needs a source, a source gives 'm'"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class View:
 
 @dataclass(frozen=True)
 class PosedDepth:
-    """Depth with everything that fusing it needs. depth: [H,W] float32, 0 = none; confidence: [H,W] float32 >= 0 or None."""
+    """Depth with all that fusing it needs. depth: [H,W] float32, 0 = none; confidence: [H,W] float32 >= 0, or None."""
 
     camera: str
     image: Image

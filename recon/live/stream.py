@@ -1,4 +1,4 @@
-"""The streaming loop: depth of every camera, aligned to the map rendered into that camera, fused where it is trusted."""
+"""The streaming loop: depth of every camera, aligned to the map as that camera sees it, fused where it is trusted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrameResult:
-    """One frame of one camera after the stream has dealt with it. depth: [H,W] aligned, 0 = none; None when rejected."""
+    """One frame of one camera after the stream dealt with it. depth: [H,W] aligned, 0 = none; None when rejected."""
 
     view: View
     align: AlignResult
@@ -49,7 +50,9 @@ class Streamer:
 
     def __post_init__(self) -> None:
         metric = self.bootstrap.scale.unit == "m"
-        self.aligners = {camera: self.align.aligner(camera, self.depth.type, metric) for camera in self.source.cameras()}
+        self.aligners = {
+            camera: self.align.aligner(camera, self.depth.type, metric) for camera in self.source.cameras()
+        }
 
     def run(self, observe: Callable[[FrameResult], None]) -> Iterator[int]:
         """Process all batches; `observe` sees every frame result. Yields the time step after each batch."""
@@ -80,14 +83,17 @@ class Streamer:
         if depth is not None:
             self.fused.integrate(PosedDepth(view.camera, view.image, depth, K, pose), step)
         clock.append(time.perf_counter())
-        render, align, fuse = ((after - before) * 1e3 for before, after in zip(clock, clock[1:], strict=False))
+        render, align, fuse = ((after - before) * 1e3 for before, after in pairwise(clock))
         return FrameResult(view, result, depth, {"depth": depth_ms, "render": render, "align": align, "fuse": fuse})
 
     def _camera(self, view: View) -> tuple[Array, Array]:
-        """Intrinsics and pose of a frame: the source's own where the map is in the source's frame, else the bootstrap's."""
+        """Intrinsics and pose of a frame: the source's own where the map is in its frame, else the bootstrap's."""
         K = view.K if view.K is not None else self.bootstrap.K_source[view.camera]
         if self.bootstrap.in_source_frame and view.T_world_cam is not None:
             return K, view.T_world_cam
         if view.camera not in self.bootstrap.T_world_cam:
-            raise ReconError(f"camera {view.camera!r} has no pose: it was not part of the bootstrap", "give source.poses, or bootstrap with it")
+            raise ReconError(
+                f"camera {view.camera!r} has no pose: it was not part of the bootstrap",
+                "give source.poses, or bootstrap with it",
+            )
         return K, self.bootstrap.T_world_cam[view.camera]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Model(Component):
-    """A bootstrap model. With a network it can be exported, built and benchmarked; without one (`recorded`) it cannot."""
+    """A bootstrap model. With a network it can be exported, built and benchmarked; `recorded` has none."""
 
     has_network: ClassVar[bool] = True
 
@@ -26,9 +26,9 @@ class Model(Component):
     """Views that the network is exported for; 0 = as many cameras as the source has."""
 
     def network(self, views: int) -> Network | None:
-        """The network for this many views, or None where the model has none. Reads no weights beyond what identity needs."""
+        """The network for this many views, or None where the model has none. Loads no weights."""
         return None
 
     @abstractmethod
     def bootstrap(self, views: list[View], scale: Scale, session: Session | None) -> Bootstrap:
-        """Posed depth of all views. `scale`: meaning of the source's own unit. `session`: the running engine of `network()`."""
+        """Posed depth of all views. `scale`: meaning of the source's unit. `session`: the engine of `network()`."""

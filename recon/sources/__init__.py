@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Surface:
-    """Ground-truth surface samples. points: [N,3] in world units; `seen`: [N] bool, observed by some frame of the source."""
+    """Ground-truth surface samples. points: [N,3] in world units; `seen`: [N] bool, observed by some frame."""
 
     points: NDArray[np.float64]
     normals: NDArray[np.float64]
@@ -26,7 +26,7 @@ class Surface:
 
 @dataclass
 class Source(Component):
-    """Several cameras over time. `bootstrap()` gives one view per camera, `batches()` one list of views per time step."""
+    """Several cameras over time: `bootstrap()` gives one view per camera, `batches()` a list of views per time step."""
 
     views: list[str] = field(default_factory=list)
     """Cameras to use, by name; empty = all."""

@@ -39,4 +39,4 @@ class Tracking(Component):
 
     @abstractmethod
     def close(self, record: Record, status: str) -> list[str]:
-        """Write the record and end the run as `FINISHED`, `FAILED` or `KILLED`; returns lines for the person, e.g. links."""
+        """Write the record and end the run as FINISHED, FAILED or KILLED; returns lines for the person, e.g. links."""

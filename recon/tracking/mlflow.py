@@ -39,7 +39,9 @@ class MLflow(Tracking):
     def check(self) -> None:
         super().check()
         if importlib.util.find_spec("mlflow") is None:
-            raise ReconError("tracking=mlflow: the package mlflow is not installed", "pip install 'recon[mlflow]', or tracking=none")
+            raise ReconError(
+                "tracking=mlflow: the package mlflow is not installed", "pip install 'recon[mlflow]', or tracking=none"
+            )
 
     def open(self, experiment: str, run: str, output: Path, tags: dict[str, str]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a user's runs are the user's business
@@ -59,7 +61,11 @@ class MLflow(Tracking):
         try:
             _log_values(client, self._run, record)
             for name, rows in record.tables.items():
-                client.log_dict(self._run, {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}, f"tables/{name}.json")
+                client.log_dict(
+                    self._run,
+                    {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]},
+                    f"tables/{name}.json",
+                )
             self._log_files(client, record.files)
         except BaseException:
             status = "FAILED"
@@ -91,11 +97,11 @@ class MLflow(Tracking):
                 client.set_tag(self._run, f"file.{file.name}", str(file.resolve()))
 
     def _links(self) -> list[str]:
-        base = "http://127.0.0.1:5000/#"
+        runs = f"http://127.0.0.1:5000/#/experiments/{self._experiment}/runs"
         return [
             f"MLflow  start: mlflow server --workers 1 --backend-store-uri {self._uri}",
-            f"        run:    {base}/experiments/{self._experiment}/runs/{self._run}",
-            f"        charts: {base}/experiments/{self._experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART",
+            f"        run:    {runs}/{self._run}",
+            f"        charts: {runs}?workflowType=machine_learning&compareRunsMode=CHART",
         ]
 
 
