@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from recon.component import Component
+from recon.errors import ReconError
 from recon.geometry.views import Scale, View
 
 if TYPE_CHECKING:
@@ -37,6 +38,23 @@ class Source(Component):
     max_batches: int = 0
     """Stop after this many time steps; 0 = all."""
     seed: int = 0
+
+    def check(self) -> None:
+        super().check()
+        if self.frame_step < 1:
+            raise ReconError(f"source.frame_step={self.frame_step}: must be at least 1", "1 takes every frame")
+        for key in ("random_views", "max_batches"):
+            if getattr(self, key) < 0:
+                raise ReconError(f"source.{key}={getattr(self, key)}: must not be negative", "0 switches it off")
+        if doubles := sorted({name for name in self.views if self.views.count(name) > 1}):
+            raise ReconError(f"source.views={self.views}: {doubles} are named twice", "name each camera once")
+
+    def validate(self) -> None:
+        """Look at everything that the run will read, as far as that is cheap, before any work starts.
+
+        Raises:
+            ReconError: the first fault found, with its place.
+        """
 
     @abstractmethod
     def cameras(self) -> list[str]:
