@@ -16,6 +16,7 @@ from recon.config import Config
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from recon.geometry.views import Array, Bootstrap, Image
     from recon.reconstruct import Reconstruction
 
 STYLE = """
@@ -64,43 +65,55 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
 
 
 def map_figure(result: Reconstruction) -> Figure:
-    """The fused map from above and from the side of the rig, coloured, with the cameras."""
+    """The fused map as the first camera's side of the room sees it, and from above; coloured points on dark ground."""
     from matplotlib.figure import Figure
 
     cloud = result.fused.points()
-    centres = np.array([view.T_world_cam[:3, 3] for view in result.bootstrap.views])
-    eye, target = _outlook(np.asarray(cloud.points), centres)
-    figure = Figure(figsize=(11, 5.2), layout="constrained", facecolor="#10151c")
-    for column, up_shift in enumerate((0.9, 0.0)):
+    figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor="#10151c")
+    for column, pose in enumerate(outlooks(np.asarray(cloud.points, np.float64), result.bootstrap)):
         axis = figure.add_subplot(1, 2, column + 1)
-        side = eye if column == 0 else target + (eye - target) @ _turn(100)
-        axis.imshow(splat_image(cloud.points, cloud.colors, side, target, 900, 800, up_shift))
+        axis.imshow(splat_image(cloud.points, cloud.colors, pose, 900, 760))
         axis.axis("off")
     return figure
 
 
-def splat_image(
-    points: Any, colors: Any, eye: Any, target: Any, width: int, height: int, lift: float = 0.0
-) -> np.ndarray:
-    """[height,width,3] uint8: points as small squares, nearest in front, from `eye` to `target` (world y is down)."""
-    eye = np.add(eye, (0, -lift, 0))
-    forward = np.asarray(target, float) - eye
-    forward /= np.linalg.norm(forward)
-    right = np.cross(forward, [0.0, -1.0, 0.0])
+def outlooks(points: Array, bootstrap: Bootstrap) -> list[Array]:
+    """Two poses (T_world_cam) to look at a map from: raised behind the first camera, and steeply from above."""
+    poses = np.stack([view.T_world_cam for view in bootstrap.views])
+    up = -poses[:, :3, 1].mean(0)
+    up /= np.linalg.norm(up)
+    target = np.median(points, axis=0)
+    radius = float(np.quantile(np.linalg.norm(points - target, axis=1), 0.9))
+    away = poses[0, :3, 3] - target
+    away -= up * (away @ up)
+    away /= max(float(np.linalg.norm(away)), 1e-9)
+    eyes = [target + radius * (back * away + rise * up) for back, rise in ((1.9, 1.0), (0.6, 2.4))]
+    return [_look_at(eye, target, up) for eye in eyes]
+
+
+def _look_at(eye: Array, target: Array, up: Array) -> Array:
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, up)
     right /= max(float(np.linalg.norm(right)), 1e-9)
-    down = np.cross(forward, right)
-    local = (np.asarray(points, float) - eye) @ np.stack([right, down, forward], 1)
-    keep = local[:, 2] > 0.05
-    local, tint = local[keep], np.asarray(colors)[keep]
-    u = np.rint(local[:, 0] / local[:, 2] * width * 0.75 + width / 2).astype(int)
-    v = np.rint(local[:, 1] / local[:, 2] * width * 0.75 + height / 2).astype(int)
+    pose = np.eye(4)
+    pose[:3, :4] = np.stack([right, np.cross(forward, right), forward, eye], axis=1)
+    return pose
+
+
+def splat_image(points: Any, colors: Any, T_world_cam: Array, width: int, height: int) -> Image:
+    """[height,width,3] uint8: points as small squares, nearest in front, in a view of 67 degrees."""
+    local = (np.asarray(points, np.float64) - T_world_cam[:3, 3]) @ T_world_cam[:3, :3]
+    local, tint = local[local[:, 2] > 0.05], np.asarray(colors)[local[:, 2] > 0.05]
     order = np.argsort(-local[:, 2])
+    local, tint = local[order], tint[order]
+    square = np.array(list(np.ndindex(3, 3))) - 1
+    u, v = (
+        (np.rint(local[:, axis] / local[:, 2] * width * 0.75 + size / 2).astype(int)[:, None] + square[:, axis]).ravel()
+        for axis, size in ((0, width), (1, height))
+    )
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
     image = np.full((height, width, 3), (16, 21, 28), np.uint8)
-    for dv in (-1, 0, 1):
-        for du in (-1, 0, 1):
-            uu, vv = u[order] + du, v[order] + dv
-            inside = (uu >= 0) & (uu < width) & (vv >= 0) & (vv < height)
-            image[vv[inside], uu[inside]] = tint[order][inside]
+    image[v[inside], u[inside]] = np.repeat(tint, len(square), axis=0)[inside]
     return image
 
 
@@ -135,20 +148,6 @@ def depth_figure(result: Reconstruction) -> Figure:
         top.axis("off")
         bottom.axis("off")
     return figure
-
-
-def _outlook(points: Any, centres: Any) -> tuple[Any, Any]:
-    """Where to look at the map from: behind the rig's first camera, towards the middle of the points."""
-    target = np.median(points, axis=0)
-    away = centres[0] - target
-    away[1] = 0
-    radius = np.quantile(np.linalg.norm(points - target, axis=1), 0.9)
-    return target + away / max(float(np.linalg.norm(away)), 1e-9) * radius * 1.6 + [0, -0.55 * radius, 0], target
-
-
-def _turn(degrees: float) -> Any:
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
 def _settings(config: Config) -> str:
