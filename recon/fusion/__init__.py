@@ -68,9 +68,13 @@ class Fusion(Component):
     """Voxel side of the TSDF, spacing of surfels; map units."""
     max_depth: float = 10.0
     """Depth beyond this is not fused; map units."""
+    min_confidence: float = 0.0
+    """Pixels whose confidence is lower are left out, where the depth comes with one. 0: all are taken."""
 
     def check(self) -> None:
         super().check()
+        if not 0 < self.max_depth < float("inf"):
+            raise ReconError(f"fusion.max_depth={self.max_depth}: must be positive and finite", "10 is ten map units")
         if not self.voxel > 0:
             raise ReconError(f"fusion.voxel={self.voxel}: must be positive", "0.02 is 2 cm in a metric map")
 
