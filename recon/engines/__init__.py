@@ -21,10 +21,14 @@ class Session(ABC):
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
+    device: str = "cpu"
+    """Where outputs lie: `cpu` or `cuda[:N]`. Benchmarks choose their clock by it."""
+    threads: int = 0
+    """Threads that one inference uses on the CPU; 0 = not known."""
 
     def infer(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Check names, shapes and dtypes of `feeds`, then run. Raises ReconError naming the offending input."""
-        if (problem := mismatch(self.inputs, feeds)):
+        if problem := mismatch(self.inputs, feeds):
             raise ReconError(problem, f"this engine takes {self.inputs}")
         return self._run(feeds)
 
@@ -39,6 +43,10 @@ class Session(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free everything; a later `infer` raises ReconError."""
+
+    def closed_error(self) -> ReconError:
+        """What `infer` raises on a closed session."""
+        return ReconError("this engine session is closed", "open a new one, and use it inside its `with` block")
 
     def __enter__(self) -> Session:
         return self

@@ -1,0 +1,115 @@
+"""Eager PyTorch: the FP32 reference that every other engine is compared with, and the plain way to debug."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from recon.engines import Engine, Session
+from recon.errors import ReconError
+from recon.machine import MIB, rss_mib
+from recon.network import Network, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchSession(Session):
+    """The network's own module, run eagerly without gradients. Feeds may lie on any device; outputs lie on `device`."""
+
+    def __init__(self, network: Network, module: torch.nn.Module, device: str = "cpu") -> None:
+        import torch
+
+        self.device, self.threads = device, torch.get_num_threads()
+        self.inputs = dict(network.inputs)
+        self._names = network.outputs
+        self._module: torch.nn.Module | None = module.to(device).eval()
+        tensors = [*module.parameters(), *module.buffers()]
+        self._weights_mib = sum(t.numel() * t.element_size() for t in tensors) / MIB
+        self._first_run_mib: float | None = None
+        self.outputs = self._output_specs(network)
+
+    def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        if self._module is None:
+            raise self.closed_error()
+        before = rss_mib() if self._first_run_mib is None else 0.0
+        with torch.inference_mode():
+            outputs = self._module(*(feeds[name].to(self.device) for name in self.inputs))
+        if self._first_run_mib is None:
+            self._first_run_mib = max(0.0, rss_mib() - before)
+        return dict(zip(self._names, outputs, strict=True))
+
+    def memory_mib(self) -> float:
+        """Weights, plus by how much the process grew in the first inference (on CUDA: torch's peak allocation)."""
+        import torch
+
+        if self.device != "cpu":
+            return float(torch.cuda.max_memory_allocated(self.device)) / MIB
+        return self._weights_mib + (self._first_run_mib or 0.0)
+
+    def close(self) -> None:
+        self._module = None
+
+    def _output_specs(self, network: Network) -> dict[str, TensorSpec]:
+        """Shapes and dtypes, found by running on tensors without data."""
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        assert self._module is not None
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            feeds = [
+                torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
+                for spec in network.inputs.values()
+            ]
+            outputs = self._module(*feeds)
+        return {
+            name: TensorSpec(tuple(int(size) for size in value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in zip(network.outputs, outputs, strict=True)
+        }
+
+
+@dataclass
+class Torch(Engine):
+    """Eager PyTorch in FP32; there is no file between network and session."""
+
+    builds: ClassVar[bool] = False
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    def check(self) -> None:
+        super().check()
+        if self.device == "cpu":
+            return
+        kind, _, index = self.device.partition(":")
+        if kind != "cuda" or not (index or "0").isdigit():
+            raise ReconError(f"engine.device={self.device}: no such device", "choose cpu, cuda or cuda:N")
+        import torch
+
+        if torch.cuda.device_count() <= int(index or 0):
+            raise ReconError(
+                f"engine.device={self.device}: this PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA"
+                " devices",
+                "engine.device=cpu",
+            )
+
+    def versions(self) -> dict[str, str]:
+        import torch
+
+        from recon.machine import cpu_name
+
+        device = cpu_name() if self.device == "cpu" else str(torch.cuda.get_device_name(self.device))
+        return {"torch": str(torch.__version__), "device": device}
+
+    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+        raise AssertionError("engine=torch builds no file")
+
+    def load(self, path: Path) -> Session:
+        raise ReconError(f"{path}: engine=torch runs networks, not files", "give the engine that built the file")
+
+    def session(self, network: Network, path: Path | None) -> Session:
+        self.check()
+        return TorchSession(network, network.load(), self.device)
