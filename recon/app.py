@@ -68,7 +68,7 @@ def _hydra(composed: DictConfig) -> None:
 def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
     config = to_config(composed, dict(settings.runtime.choices))
     if config.plan:
-        from recon.pipeline import plan
+        from recon.plan import plan
 
         _table("Plan: nothing is run", plan(config))
         return
@@ -147,7 +147,7 @@ def _summary(metrics: dict[str, Any]) -> dict[str, float]:
     """The few numbers that make rows of a sweep comparable."""
     found: dict[str, float] = {}
     for name, row in metrics.get("benchmark", {}).items():
-        found[f"{name} p50 ms"] = row["latency_ms_p50"]
+        found[f"{name} p50 ms"] = row["summary"]["latency_ms_p50"]
     evaluation = metrics.get("evaluation", {})
     found |= {key: evaluation[key] for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in evaluation}
     if "frames_seen" in metrics:

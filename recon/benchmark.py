@@ -72,7 +72,11 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What one engine did. Latencies in ms, memory in MiB, clocks in MHz (None where the system does not tell)."""
+    """What one engine did. Latencies in ms, memory in MiB, clocks in MHz (None where the system does not tell).
+
+    session_memory_mib: as the session itself states it. peak_rss_mib: the whole process while it was timed.
+    device_memory_mib: taken on the GPU by all its users after the run; None on the CPU.
+    """
 
     latency_samples_ms: list[float]
     items_per_inference: int
@@ -228,7 +232,7 @@ def csv_row(result: BenchmarkResult, identity: Mapping[str, str | float]) -> dic
     Every row has the same columns for the same identity columns; what could not be measured is empty.
     """
     optional = ("device_memory_mib", "cpu_mhz_before", "cpu_mhz_after", "error_rel_l2_max", "error_cosine_min")
-    figures: dict[str, str | float] = dict.fromkeys(optional, "") | result.summary()
+    figures: dict[str, str | float] = {**dict.fromkeys(optional, ""), **result.summary()}
     return {**identity, **{name: figures[name] for name in sorted(figures)}}
 
 
@@ -271,7 +275,8 @@ def _host_ms(session: Session, feeds: dict[str, torch.Tensor]) -> float:
 def _cuda_ms(session: Session, feeds: dict[str, torch.Tensor]) -> float:
     import torch
 
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event  # torch leaves it untyped
+    start, end = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize(session.device)
     start.record(torch.cuda.current_stream(session.device))
     session.infer(feeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Item = TypeVar("Item")
+LINE_EVERY_S = 10.0  # where there is no terminal: enough for a log file
 
 
 def console() -> Console:
@@ -23,24 +24,25 @@ def console() -> Console:
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Pass items on while showing how far the stage is; `total` 0 = unknown."""
+    with steps(title, total) as tick:
+        for item in items:
+            yield item
+            tick()
+
+
+@contextmanager
+def steps(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; call what it gives after every step. `total` 0 = unknown."""
     out = console()
     if not out.is_terminal:
-        yield from _lines(items, title, total, out)
+        yield _lines(title, total, out)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=out,
-        transient=True,
-    ) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task(title, total=total or None)
-        for item in items:
-            yield item
-            bar.advance(task)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager
@@ -52,18 +54,20 @@ def busy(title: str) -> Iterator[None]:
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=out, transient=True
-    ) as bar:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
         bar.add_task(title, total=None)
         yield
 
 
-def _lines(items: Iterable[Item], title: str, total: int, out: Console) -> Iterator[Item]:
-    """A line every ten seconds: enough for a log file."""
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - last > 10:
+def _lines(title: str, total: int, out: Console) -> Callable[[], None]:
+    last, done = time.monotonic(), 0
+
+    def tick() -> None:
+        nonlocal last, done
+        done += 1
+        if time.monotonic() - last > LINE_EVERY_S:
             last = time.monotonic()
             out.print(f"{title}: {done}/{total or '?'}")
+
+    return tick

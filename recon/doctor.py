@@ -7,10 +7,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 from recon.errors import ReconError, Refused
+from recon.machine import cpu_name
 
 PACKAGES = {
     "torch": "networks, export, the reference engine",
@@ -45,22 +45,13 @@ def main() -> None:
 
 def machine() -> dict[str, str]:
     """Interpreter, processor, GPU and driver."""
-    found = {"python": platform.python_version(), "system": platform.platform(), "processor": processor()}
+    found = {"python": platform.python_version(), "system": platform.platform(), "processor": cpu_name()}
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
         found["gpu"] = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         found["gpu"] = "none (nvidia-smi not found or without answer): engines run on the CPU"
     return found
-
-
-@cache
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x{len(names)}" if names else platform.processor() or platform.machine()
 
 
 def packages() -> list[dict[str, str]]:
@@ -105,7 +96,7 @@ def version_of(package: str) -> str:
 
 def machine_tags() -> dict[str, str]:
     """Tags of a tracked run: commit, dirty flag, processor."""
-    tags = {"processor": processor(), "python": platform.python_version()}
+    tags = {"processor": cpu_name(), "python": platform.python_version()}
     git: Callable[[str], str] = lambda args: subprocess.run(  # noqa: E731
         ["git", *args.split()], capture_output=True, text=True, timeout=5, check=True, cwd=Path(__file__).parent
     ).stdout.strip()

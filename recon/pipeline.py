@@ -21,7 +21,7 @@ from recon.config import STAGES, Config
 from recon.errors import ReconError
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
 from recon.report import write_report
-from recon.store import Store, built, exported, plan_rows
+from recon.store import Store, built, exported
 from recon.tracking import Record
 
 
@@ -58,13 +58,6 @@ def run(config: Config, folder: Path) -> Run:
             outcome = STAGE_FUNCTIONS[name](state)
             state.rows.append(StageRow(name, outcome, time.perf_counter() - start))
     return state
-
-
-def plan(config: Config) -> list[dict[str, str]]:
-    """What `run` would do, without doing it: one row per stage and artifact."""
-    if {"reconstruct", "evaluate"} & set(config.stages):
-        config.source.validate()
-    return plan_rows(Store(config))
 
 
 def finish(run: Run) -> Path:
@@ -108,17 +101,18 @@ def build(run: Run) -> str:
 def benchmark(run: Run) -> str:
     """Latency, throughput, memory and error of engines under one timing contract."""
     from recon.bench import benchmark_engines
+    from recon.benchmark import as_plain
 
     results = benchmark_engines(run.store)
-    for name, row in results.items():
-        run.metrics.setdefault("benchmark", {})[name] = row["summary"]
-        run.record.metrics |= {
-            f"engine/{name}_{key}": value for key, value in row["summary"].items() if isinstance(value, float)
-        }
-        run.record.series[f"engine/{name}_latency_ms"] = row["samples_ms"]
+    summaries = {name: result.summary() for name, result in results.items()}
+    for name, result in results.items():
+        run.metrics.setdefault("benchmark", {})[name] = as_plain(result)
+        figures = {f"engine/{name}_{key}": value for key, value in summaries[name].items() if isinstance(value, float)}
+        run.record.metrics |= figures
+        run.record.series[f"engine/{name}_latency_ms"] = result.latency_samples_ms
     if results:
-        run.record.tables["benchmark"] = [{"engine": name, **row["summary"]} for name, row in results.items()]
-    return _joined([f"{name} p50 {row['summary']['latency_ms_p50']:.2f} ms" for name, row in results.items()], run)
+        run.record.tables["benchmark"] = [{"engine": name, **summary} for name, summary in summaries.items()]
+    return _joined([f"{name} p50 {summary['latency_ms_p50']:.2f} ms" for name, summary in summaries.items()], run)
 
 
 def reconstruct(run: Run) -> str:

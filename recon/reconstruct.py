@@ -20,12 +20,12 @@ from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
 from recon.geometry.views import Bootstrap, Scale
+from recon.live.scores import DepthScores
 from recon.live.stream import FrameResult, Streamer
 from recon.store import Store
 
 if TYPE_CHECKING:
     from recon.engines import Session
-    from recon.evaluate import DepthScores
     from recon.fusion import Map
 
 log = logging.getLogger(__name__)
@@ -124,8 +124,6 @@ def reconstruct_scene(
     config: Config, found: tuple[Artifact, Bootstrap], session: Session | None, folder: Path
 ) -> Reconstruction:
     """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder."""
-    from recon.evaluate import DepthScores
-
     artifact, bootstrap = found
     fused = config.fusion.create()
     start = time.perf_counter()

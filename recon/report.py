@@ -46,7 +46,7 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
     """`report.html`: settings, engines, the map, alignment over time, and what was measured."""
     parts = [f"<h1>{html.escape(config.name)}</h1>", _settings(config)]
     if "benchmark" in metrics:
-        parts += ["<h2>Engines</h2>", _rows([{"engine": name, **row} for name, row in metrics["benchmark"].items()])]
+        parts += ["<h2>Engines</h2>", _engines(metrics["benchmark"])]
     if result is not None:
         parts += ["<h2>Map</h2>", _image(map_figure(result)), _map_note(metrics)]
         parts += ["<h2>Alignment</h2>", _image(alignment_figure(result)), _image(depth_figure(result))]
@@ -148,6 +148,20 @@ def depth_figure(result: Reconstruction) -> Figure:
         top.axis("off")
         bottom.axis("off")
     return figure
+
+
+def _engines(benchmark: dict[str, Any]) -> str:
+    shown = (
+        "latency_ms_p50",
+        "latency_ms_p99",
+        "throughput_items_per_s",
+        "session_memory_mib",
+        "error_rel_l2_max",
+        "warnings",
+    )
+    return _rows(
+        [{"engine": name, **{key: row["summary"].get(key, "") for key in shown}} for name, row in benchmark.items()]
+    )
 
 
 def _settings(config: Config) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recon.artifact import Artifact, content_key, find, obtain
+from recon.artifact import Artifact, content_key, obtain
 from recon.config import Config
 from recon.console import busy
 from recon.engines import Session
@@ -129,37 +129,6 @@ def error_against_torch(network: Network, session: Session) -> dict[str, Any]:
         return {
             name: asdict(error) for name, error in compare(reference, session, [network.example(PROBE_SEED)]).items()
         }
-
-
-def plan_rows(store: Store) -> list[dict[str, str]]:
-    """One row per stage and artifact: what would be reused, what would be made, and the memory it would take."""
-    from recon.reconstruct import bootstrap_key, bootstrap_path
-
-    config, rows = store.config, []
-    for stage in config.stages:
-        before = len(rows)
-        if stage in ("export", "build") and not (stage == "build" and not config.engine.builds):
-            for network in store.networks().values():
-                path, key = (
-                    (store.onnx_path(network), store.onnx_key(network))
-                    if stage == "export"
-                    else (store.engine_path(network), store.engine_key(network))
-                )
-                kind = "onnx" if stage == "export" else "engine"
-                rows.append(_plan_row(stage, path, kind, key, network.memory_mib, stage in config.force))
-        if stage == "reconstruct":
-            key = bootstrap_key(store)
-            fresh = config.fresh_bootstrap or stage in config.force
-            rows.append(_plan_row(stage, bootstrap_path(store, key), "bootstrap", key, 0.0, fresh))
-        if len(rows) == before:
-            rows.append({"stage": stage, "artifact": "-", "key": "-", "cache": "always runs", "memory": "-"})
-    return rows
-
-
-def _plan_row(stage: str, path: Path, kind: str, key: str, memory_mib: float, force: bool) -> dict[str, str]:
-    cache = "redone (forced)" if force else "hit" if find(path, kind, key) else "miss"
-    memory = f"about {memory_mib:.0f} MiB" if memory_mib else "-"
-    return {"stage": stage, "artifact": path.name, "key": key[:12], "cache": cache, "memory": memory}
 
 
 def _obtain(
