@@ -73,10 +73,12 @@ class OnnxRuntime(Engine):
         start = time.perf_counter()
         options = self._options(self.optimisation)
         options.optimized_model_filepath = str(out)
-        if sum(file.stat().st_size for file in (onnx, data_file(onnx)) if file.exists()) > ONE_FILE_LIMIT:
-            entry = "session.optimized_model_external_initializers"
-            options.add_session_config_entry(f"{entry}_file_name", data_file(out).name)
-            options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
+        # without these entries the optimised file goes on referring to the weights of its source
+        size = sum(file.stat().st_size for file in (onnx, data_file(onnx)) if file.exists())
+        entry = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{entry}_file_name", data_file(out).name)
+        inline_below = 1024 if size > ONE_FILE_LIMIT else ONE_FILE_LIMIT
+        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(inline_below))
         # TensorRT takes subgraphs out that cannot be written back: its engine is the provider-neutral graph
         self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider)
         files = [file for file in (out, data_file(out)) if file.exists()]

@@ -1,0 +1,228 @@
+"""Engines, the reference harness, and options that this version refuses."""
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from small_network import images, network, seeded
+
+from recon.compare import OutputError, compare, require
+from recon.config import CONF, option
+from recon.engines import Engine
+from recon.engines.onnxruntime import OnnxRuntime, data_file, operators
+from recon.engines.torch import Torch, TorchSession
+from recon.errors import ReconError, Refused
+from recon.export import ExportOptions, export
+from recon.network import TensorSpec
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    export(network(), path, ExportOptions())
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine_file(onnx_file: Path) -> Path:
+    path = onnx_file.with_name("small.engine")
+    OnnxRuntime(name="onnxruntime").build(onnx_file, path)
+    return path
+
+
+def reference() -> TorchSession:
+    return TorchSession(network(), seeded())
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "extended", "all"])
+@pytest.mark.parametrize("arena", [True, False])
+def test_a_built_engine_gives_the_numbers_of_torch(onnx_file: Path, tmp_path: Path, level: str, arena: bool) -> None:
+    engine = OnnxRuntime(name="onnxruntime", optimisation=level, arena=arena)
+    facts = engine.build(onnx_file, tmp_path / "small.engine")
+    with engine.load(tmp_path / "small.engine") as session:
+        errors = compare(reference(), session, [images(1), images(2)])
+        assert session.inputs == {"images": TensorSpec((2, 3, 32, 32))}
+        assert session.outputs == {"pooled": TensorSpec((2, 32)), "tokens": TensorSpec((2, 64, 32))}
+        assert session.memory_mib() > facts["bytes"] / 2**20 * 0.99
+    assert all(error.passes(1e-5) for error in errors.values())
+    assert facts["ops"] == operators(tmp_path / "small.engine")
+    assert any("com.microsoft" in op for op in facts["ops"]) == (level in ("extended", "all"))
+
+
+def test_a_large_engine_keeps_its_weights_beside_it(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recon.engines.onnxruntime.ONE_FILE_LIMIT", 1000)
+    made, final = tmp_path / "made", tmp_path / "final"
+    made.mkdir()
+    engine = OnnxRuntime(name="onnxruntime")
+    facts = engine.build(onnx_file, made / "small.engine")
+    made.rename(final)
+    assert facts["bytes"] == sum(file.stat().st_size for file in final.iterdir())
+    assert data_file(final / "small.engine").stat().st_size > 10_000
+    with engine.load(final / "small.engine") as session:
+        assert compare(reference(), session, [images(1)])["tokens"].passes(1e-5)
+
+
+def test_outputs_of_one_inference_survive_the_next(engine_file: Path) -> None:
+    with OnnxRuntime(name="onnxruntime").load(engine_file) as session:
+        first = session.infer(images(1))["tokens"]
+        kept = first.clone()
+        session.infer(images(2))
+        assert torch.equal(first, kept)
+
+
+def test_feeds_that_are_not_contiguous_are_read_rightly(engine_file: Path) -> None:
+    feeds = images(1)
+    turned = {"images": feeds["images"].transpose(2, 3).contiguous().transpose(2, 3)}
+    assert not turned["images"].is_contiguous()
+    with OnnxRuntime(name="onnxruntime").load(engine_file) as session:
+        assert torch.equal(session.infer(turned)["tokens"], session.infer(feeds)["tokens"])
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "torch"])
+def test_wrong_feeds_and_closed_sessions_are_named(engine_file: Path, kind: str) -> None:
+    session = reference() if kind == "torch" else OnnxRuntime(name="onnxruntime").load(engine_file)
+    with pytest.raises(ReconError, match=r"float32\[2, 3, 32, 31\]"):
+        session.infer({"images": torch.zeros(2, 3, 32, 31)})
+    with pytest.raises(ReconError, match="float64"):
+        session.infer({"images": torch.zeros(2, 3, 32, 32, dtype=torch.float64)})
+    with pytest.raises(ReconError, match="picture"):
+        session.infer({"picture": torch.zeros(2, 3, 32, 32)})
+    with session:
+        session.infer(images(0))
+    with pytest.raises(ReconError, match="closed"):
+        session.infer(images(0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "junk", "empty", "missing"])
+def test_a_damaged_engine_is_named(engine_file: Path, tmp_path: Path, damage: str) -> None:
+    whole, bad = engine_file.read_bytes(), tmp_path / "bad.engine"
+    if damage != "missing":
+        bad.write_bytes({"truncated": whole[: len(whole) // 2], "junk": b"\x07junk" * 99, "empty": b""}[damage])
+    with pytest.raises(ReconError, match=r"bad\.engine") as caught:
+        OnnxRuntime(name="onnxruntime").load(bad)
+    assert caught.value.remedy
+
+
+def test_an_operator_that_the_runtime_lacks_is_named(onnx_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(str(onnx_file))
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Rectify"
+    onnx.save(model, str(tmp_path / "odd.onnx"))
+    with pytest.raises(ReconError, match="Rectify"):
+        OnnxRuntime(name="onnxruntime").build(tmp_path / "odd.onnx", tmp_path / "odd.engine")
+
+
+def test_providers_that_are_not_installed_are_refused() -> None:
+    lacking = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+    for provider, full in lacking.items():
+        if full in onnxruntime.get_available_providers():
+            continue
+        with pytest.raises(Refused, match=full):
+            OnnxRuntime(name="onnxruntime", provider=provider).check()
+
+
+def test_a_provider_fallback_is_refused(engine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel that claims CUDA on a machine whose CUDA does not load: ONNX Runtime itself then falls back."""
+    claimed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime really has CUDA")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: claimed)
+    with pytest.warns(UserWarning, match="not in available"), pytest.raises(ReconError, match="fell back to CPU"):
+        OnnxRuntime(name="onnxruntime", provider="cuda").load(engine_file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"provider": "npu"}, "provider=npu"), ({"optimisation": "max"}, "optimisation=max"), ({"threads": -1}, "-1")],
+)
+def test_impossible_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ReconError, match=message):
+        OnnxRuntime(name="onnxruntime", **settings).check()  # type: ignore[arg-type]
+
+
+def test_torch_devices() -> None:
+    Torch(name="torch").check()
+    with pytest.raises(ReconError, match="no such device"):
+        Torch(name="torch", device="gpu").check()
+    if not torch.cuda.is_available():
+        with pytest.raises(ReconError, match="0 CUDA"):
+            Torch(name="torch", device="cuda").check()
+
+
+def test_cache_keys_know_the_cpu_and_the_tools() -> None:
+    found = OnnxRuntime(name="onnxruntime").versions()
+    assert found["onnxruntime"] == onnxruntime.__version__
+    assert "family" in found["cpu"]
+    assert Torch(name="torch").versions()["torch"] == str(torch.__version__)
+
+
+def test_compare_measures_what_it_says() -> None:
+    want, got = _Fixed(torch.tensor([3.0, 4.0])), _Fixed(torch.tensor([3.0, 4.5]))
+    error = compare(want, got, [{}])["y"]
+    assert error.rel_l2 == pytest.approx(0.1)
+    assert error.max_abs == pytest.approx(0.5)
+    assert error.max_rel == pytest.approx(0.125)
+    assert error.cosine == pytest.approx((9 + 18) / (5 * (9 + 20.25) ** 0.5))
+    assert error.passes(0.11)
+    assert not error.passes(0.09)
+    with pytest.raises(ReconError, match=r"1\.00e-01"):
+        require({"y": error}, 1e-2, "this")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_never_passes(bad: float) -> None:
+    want, got = _Fixed(torch.tensor([3.0, 4.0])), _Fixed(torch.tensor([3.0, bad]))
+    error = compare(want, got, [{}], finite=False)["y"]
+    assert error.nan_count + error.inf_count == 1
+    assert not error.passes(float("inf"))
+    with pytest.raises(ReconError, match="'y' holds"):
+        compare(want, got, [{}])
+    with pytest.raises(ReconError, match="reference's own"):
+        compare(got, want, [{}])
+
+
+def test_compare_refuses_what_cannot_be_compared() -> None:
+    want = _Fixed(torch.zeros(2))
+    assert compare(want, want, [{}])["y"] == OutputError(0.0, 0.0, 0.0, 1.0)
+    with pytest.raises(ReconError, match="shape"):
+        compare(want, _Fixed(torch.zeros(3)), [{}])
+    with pytest.raises(ReconError, match="no inputs"):
+        compare(want, want, [])
+    assert compare(want, _Fixed(torch.ones(2)), [{}])["y"].rel_l2 == float("inf")
+
+
+class _Fixed(TorchSession):
+    """A session that always answers the same, so that errors are known in advance."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.inputs, self.outputs, self.value = {}, {"y": TensorSpec(tuple(value.shape))}, value
+
+    def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"y": self.value}
+
+
+WORKING = {"engine": {"torch", "onnxruntime"}, "quant_mode": {"none"}, "precision": {"fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(g, path.stem) for g in WORKING for path in sorted((CONF / g).glob("*.yaml"))]
+)
+def test_every_option_works_or_is_refused_with_what_works_instead(group: str, name: str) -> None:
+    if importlib.util.find_spec("recon.live.align") is None:
+        pytest.skip("recon.config needs recon.live.align")
+    found = option(group, name)
+    assert found.name == name
+    if name in WORKING[group]:
+        found.check()
+        return
+    with pytest.raises(Refused, match=name) as caught:
+        found.check()
+    assert caught.value.problem.count("\n") == 0
+    assert caught.value.remedy
+    if isinstance(found, Engine):
+        with pytest.raises(Refused):
+            found.load(Path("some.engine"))
