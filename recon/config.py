@@ -206,7 +206,7 @@ def unknown_keys(composed: DictConfig) -> None:
                 )
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
-                walk(child, f"{where}{key}.")
+                walk(child, f"{where}{key!s}.")
 
     walk(composed, "")
 
@@ -230,8 +230,10 @@ def check(config: Config) -> None:
     if config.viewer != "none":
         why = "the rerun viewer is not built yet" if config.viewer == "rerun" else "the viewers are: none, rerun"
         raise Refused(f"viewer={config.viewer}: {why}", "viewer=none writes PLY files for any viewer")
-    for component in (*components(config), config.align, config.export, config.benchmark, config.evaluate):
+    for component in components(config):
         component.check()
+    for options in (config.align, config.export, config.benchmark, config.evaluate):
+        options.check()  # type: ignore[attr-defined]
 
 
 def components(config: Config) -> tuple[Component, ...]:

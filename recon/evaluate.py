@@ -34,7 +34,7 @@ def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
 
 
 def load_reference(path: str) -> Surface:
-    """A reference surface from NPZ: points_mm or points [N,3], optional normals (or normals_i8 / 127) [N,3] and seen [N].
+    """A reference surface from NPZ: points_mm or points [N,3], optional normals (or normals_i8) [N,3] and seen [N].
 
     Raises:
         ReconError: an array is missing or has another shape.

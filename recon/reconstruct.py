@@ -164,6 +164,7 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
 
 
 def _write_depth(frame: FrameResult, scale: Scale, folder: Path) -> Path:
+    assert frame.depth is not None
     kind = "metric" if scale.unit == "m" else "relative"
     path = folder / f"depth_{kind}" / f"{frame.view.camera}_{frame.view.frame:06d}.npz"
     with atomic_file(path) as temporary:
