@@ -85,16 +85,16 @@ class SurfelMap(Map):
         self._unit = self._unit or float(np.median(depth[depth > 0])) / 2
         camera, image = prepared.pinhole(view.K), np.ascontiguousarray(view.image)
         base = max(1, round(depth.shape[1] * 3.5 / 640))  # pixel noise grows with the square of a shorter base
-        shared = (base, o.gate_voxels * o.voxel, o.gate_share, self._unit, o.weight_cap)
+        floor = o.gate_voxels * o.voxel
         covered = np.zeros(depth.shape, np.uint8)
         dead = surfels.gather(
             self.size, c["position"], c["normal"], c["color"], c["radius"], c["weight"], c["last"], c["violations"],
-            depth, image, camera, *prepared.rigid(invert(view.T_world_cam)), *shared, frame, o.patience,
-            o.stale_frames, o.stale_weight, covered,
+            depth, image, camera, *prepared.rigid(invert(view.T_world_cam)), base, floor, o.gate_share, self._unit,
+            o.weight_cap, frame, o.patience, o.stale_frames, o.stale_weight, covered,
         )  # fmt: skip
         if dead:
             self._drop_dead()
-        self._spawn(depth, image, camera, view.T_world_cam, shared, covered, frame)
+        self._spawn(depth, image, camera, view.T_world_cam, base, covered, frame)
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """[height,width] float32 z-depth of the front faces, 0 where there are none: z-buffered squares, and at each
@@ -133,18 +133,19 @@ class SurfelMap(Map):
 
     def _spawn(
         self, depth: DepthImage, image: NDArray[np.uint8], camera: Array, T_world_cam: Array,
-        shared: tuple[float, ...], covered: NDArray[np.uint8], frame: int,
+        base: int, covered: NDArray[np.uint8], frame: int,
     ) -> None:  # fmt: skip
         from recon.fusion.kernels import surfels
         from recon.fusion.kernels.depth import rigid
 
+        o, (R, t) = self.options, rigid(T_world_cam)
         while True:
             self._tick += 1
             c = self.columns
             size = surfels.spawn(
                 self.size, c["position"], c["normal"], c["color"], c["radius"], c["weight"], depth, image, camera,
-                *rigid(T_world_cam), *shared, self.options.voxel, self.options.radius, covered, self._seeds,
-                self._stamps, self._tick,
+                R, t, base, o.gate_voxels * o.voxel, o.gate_share, self._unit, o.weight_cap, o.voxel, o.radius,
+                covered, self._seeds, self._stamps, self._tick,
             )  # fmt: skip
             if size >= 0:
                 break

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Tsdf(Fusion):
     weight_cap: int = 20
     """Observations that a voxel remembers: the fewer, the sooner it follows a change."""
     carve: bool = True
-    """Also update blocks that the camera sees through, so that what has gone is worn away, at a pace set by weight_cap."""
+    """Also update blocks that the camera sees through: what has gone is worn away, at a pace set by weight_cap."""
     min_weight: int = 1
     """Observations that a voxel needs before it takes part in a surface."""
 
@@ -50,7 +51,8 @@ class Tsdf(Fusion):
         if self.voxel * _RANGE < 8 * self.max_depth:
             raise ReconError(
                 f"fusion.voxel={self.voxel} with fusion.max_depth={self.max_depth}: depth is kept in {_RANGE} steps, "
-                "and a voxel must span at least 8 of them", f"fusion.max_depth={self.voxel * _RANGE / 8:.4g} or less"
+                "and a voxel must span at least 8 of them",
+                f"fusion.max_depth={self.voxel * _RANGE / 8:.4g} or less",
             )
 
     def create(self) -> TsdfMap:
@@ -100,7 +102,7 @@ class TsdfMap(Map):
             render(
                 out, pinhole(K), *rigid(T_world_cam), o.voxel, o.truncation, o.min_weight, low, high,
                 g.keys, g.rows, g.tsdf, g.weight,
-            )
+            )  # fmt: skip
         return out
 
     def points(self) -> PointCloud:
@@ -125,9 +127,9 @@ class TsdfMap(Map):
     def save(self, folder: Path) -> list[Path]:
         """Write `tsdf_volume.npz`, plain arrays without pickle, blocks in the order of their keys.
 
-        format: int64, 1. voxel: float64, map units. truncation: float64, voxels. block_keys [B,3] int32: the block
-        holds voxels 8*key .. 8*key+7 on each axis, and the voxel with integer coordinate i has its centre at i*voxel
-        in world coordinates. tsdf [B,8,8,8] float32, axes z, y, x: signed distance over truncation*voxel, positive
+        format: int64, 1. voxel, max_depth: float64, map units. truncation: float64, voxels. block_keys [B,3] int32:
+        the block holds voxels 8*key .. 8*key+7 on each axis, and the voxel with integer coordinate i has its centre
+        at i*voxel in world coordinates. tsdf [B,8,8,8] float32, axes z, y, x: signed distance over truncation*voxel, positive
         outside. weight [B,8,8,8] uint16: observations, 0 = unseen. color [B,8,8,8,3] uint8 RGB.
         """
         path = folder / "tsdf_volume.npz"
@@ -135,8 +137,8 @@ class TsdfMap(Map):
         with atomic_file(path) as partial:
             np.savez(
                 partial, format=np.int64(1), voxel=np.float64(self.options.voxel),
-                truncation=np.float64(self.options.truncation), **arrays,
-            )
+                truncation=np.float64(self.options.truncation), max_depth=np.float64(self.options.max_depth), **arrays,
+            )  # fmt: skip
         return [path]
 
     def _check_range(self, view: PosedDepth) -> None:
@@ -146,7 +148,8 @@ class TsdfMap(Map):
         if farthest >= REACH * SIDE * self.options.voxel:
             raise ReconError(
                 f"camera {view.camera!r} stands {farthest:.4g} from the origin: at voxel {self.options.voxel} the map "
-                f"reaches {REACH * SIDE * self.options.voxel:.4g}", "raise fusion.voxel or move the origin to the scene"
+                f"reaches {REACH * SIDE * self.options.voxel:.4g}",
+                "raise fusion.voxel or move the origin to the scene",
             )
 
 
@@ -159,10 +162,13 @@ def load(path: Path) -> TsdfMap:
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: np.asarray(data[name]) for name in data.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ReconError(f"{path}: cannot be read as a TSDF volume: {error}", "run fusion=tsdf again") from error
     _check_arrays(path, arrays)
-    fused = TsdfMap(Tsdf(name="tsdf", voxel=float(arrays["voxel"]), truncation=float(arrays["truncation"])))
+    voxel, truncation, max_depth = (float(arrays[name]) for name in ("voxel", "truncation", "max_depth"))
+    options = Tsdf(name="tsdf", voxel=voxel, truncation=truncation, max_depth=max_depth)
+    options.check()
+    fused = options.create()
     fused.grid.restore(arrays["block_keys"], arrays["tsdf"], arrays["weight"], arrays["color"])
     return fused
 
@@ -171,10 +177,10 @@ def _check_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     n = len(arrays.get("block_keys", ()))
     cube = (n, 8, 8, 8)
     expected = {
-        "format": ((), "int64"), "voxel": ((), "float64"), "truncation": ((), "float64"),
+        "format": ((), "int64"), "voxel": ((), "float64"), "truncation": ((), "float64"), "max_depth": ((), "float64"),
         "block_keys": ((n, 3), "int32"), "tsdf": (cube, "float32"), "weight": (cube, "uint16"),
         "color": ((*cube, 3), "uint8"),
-    }
+    }  # fmt: skip
     for name, (shape, dtype) in expected.items():
         found = arrays.get(name)
         if found is None or found.shape != shape or found.dtype != dtype:

@@ -44,7 +44,7 @@ def slot_of(keys: Int64, key: int) -> int:
     """Where `key` is, or the free slot where it belongs. len(keys) is a power of two, at most half used."""
     mask = len(keys) - 1
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    slot = np.int64(mixed >> np.uint64(32)) & mask
+    slot = int(mixed >> np.uint64(32)) & mask
     while keys[slot] != _FREE and keys[slot] != key:
         slot = (slot + 1) & mask
     return slot
@@ -71,8 +71,20 @@ def find(keys: Int64, rows: Int32, coordinates: Int32) -> Int32:
 
 @jit
 def touch(
-    depth: DepthImage, camera: Float, R: Float, t: Float, reach: float, block: float, stride: int,
-    keys: Int64, rows: Int32, used: int, stamps: Int32, tick: int, known: Int32, fresh: Int64,
+    depth: DepthImage,
+    camera: Float,
+    R: Float,
+    t: Float,
+    reach: float,
+    block: float,
+    stride: int,
+    keys: Int64,
+    rows: Int32,
+    used: int,
+    stamps: Int32,
+    tick: int,
+    known: Int32,
+    fresh: Int64,
 ) -> tuple[int, int]:
     """Blocks within `reach` of the measured surface along every `stride`-th ray, each once.
 
@@ -89,7 +101,7 @@ def touch(
             dx = (R[0, 0] * x + R[0, 1] * y + R[0, 2]) / block
             dy = (R[1, 0] * x + R[1, 1] * y + R[1, 2]) / block
             dz = (R[2, 0] * x + R[2, 1] * y + R[2, 2]) / block
-            last = np.int64(-1)
+            last = -1
             for step in range(-2, 3):
                 s = max(z + 0.5 * step * reach, 0.0)
                 key = pack(
@@ -117,13 +129,23 @@ def touch(
 
 @jit
 def in_view(
-    coordinates: Int32, active: Int32, depth: DepthImage, camera: Float, R: Float, t: Float, block: float,
-    stamps: Int32, tick: int, known: Int32, n_known: int,
+    coordinates: Int32,
+    active: Int32,
+    depth: DepthImage,
+    camera: Float,
+    R: Float,
+    t: Float,
+    block: float,
+    stamps: Int32,
+    tick: int,
+    known: Int32,
+    n_known: int,
 ) -> int:
     """Adds the active blocks that the camera sees through; returns the new count.
 
     A block counts when everything measured around it lies more than one block behind its centre: at silhouettes, where
-    poses and edges are least certain, nothing is worn away. R, t: T_cam_world. Blocks listed at this tick already are left alone.
+    poses and edges are least certain, nothing is worn away. R, t: T_cam_world. Blocks listed at this tick already are
+    left alone.
     """
     for i in range(len(active)):
         row = active[i]

@@ -43,7 +43,8 @@ def _check(view: PosedDepth) -> None:
     if len(shape) != 2 or view.image.shape != (*shape, 3) or view.image.dtype != np.uint8:
         raise ReconError(
             f"{who}: depth {shape} with an image of {view.image.shape} {view.image.dtype}: they must cover the same "
-            "pixels, the image as [H,W,3] uint8", "resize the depth to the image"
+            "pixels, the image as [H,W,3] uint8",
+            "resize the depth to the image",
         )
     if view.confidence is not None and view.confidence.shape != shape:
         raise ReconError(f"{who}: confidence {view.confidence.shape} with depth {shape}: must be equal", "resize it")

@@ -55,7 +55,7 @@ class BlockGrid:
         return used.min(0) - 0.5, used.max(0) + blocks.SIDE - 0.5
 
     def blocks_of(self, depth: DepthImage, K: Array, T_world_cam: Array, truncation: float, carve: bool) -> Int32:
-        """Rows of the blocks near the measured surface, made where missing, and with `carve` of the blocks before it."""
+        """Rows of the blocks near the measured surface, made where missing; with `carve` also of those seen through."""
         camera, (R, t) = pinhole(K), rigid(T_world_cam)
         stride = max(1, round(depth.shape[1] / 160))
         reach = truncation * self.voxel
@@ -66,15 +66,16 @@ class BlockGrid:
             n_known, n_fresh = blocks.touch(
                 depth, camera, R, t, reach, self.block, stride, self.keys, self.rows, self.size, self._stamps,
                 self.frames, known, fresh,
-            )
+            )  # fmt: skip
             if n_known >= 0:
                 break
             self._index(2 * len(self.keys))
         if carve and self.size:
             R, t = rigid(invert(T_world_cam))
             n_known = blocks.in_view(
-                self.coordinates, self.active, depth, camera, R, t, self.block, self._stamps, self.frames, known, n_known
-            )
+                self.coordinates, self.active, depth, camera, R, t, self.block, self._stamps, self.frames, known,
+                n_known,
+            )  # fmt: skip
         if not n_fresh:
             return known[:n_known]
         kept = self.coordinates[known[:n_known]]
@@ -87,7 +88,13 @@ class BlockGrid:
             blocks.cap_weights(self.weight, listed, cap)
 
     def integrate(
-        self, listed: Int32, depth: DepthImage, image: Image, K: Array, T_world_cam: Array, max_depth: float,
+        self,
+        listed: Int32,
+        depth: DepthImage,
+        image: Image,
+        K: Array,
+        T_world_cam: Array,
+        max_depth: float,
         truncation: float,
     ) -> None:
         """Average one frame into the listed blocks."""
@@ -102,8 +109,14 @@ class BlockGrid:
         chunk = self.capacity - self.size
         for first in range(0, len(coordinates), chunk):
             self._grid.integrate(
-                core.Tensor(coordinates[first : first + chunk]), depth_image, color_image, intrinsics, extrinsics,
-                float(scale), float(max_depth) * 1.001, float(truncation),
+                core.Tensor(coordinates[first : first + chunk]),
+                depth_image,
+                color_image,
+                intrinsics,
+                extrinsics,
+                float(scale),
+                float(max_depth) * 1.001,
+                float(truncation),
             )
 
     def extract_points(self, least: int) -> tuple[Float32, Float32, UInt8]:

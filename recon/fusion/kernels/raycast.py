@@ -37,9 +37,21 @@ def render(out: DepthImage, *arguments: Any) -> None:
 
 @jit
 def cast_depth(
-    out: DepthImage, first: int, every: int,
-    camera: Float, R: Float, t: Float, voxel: float, reach: float, least: int, low: Float, high: Float,
-    keys: Int64, rows: Int32, tsdf: Field, weight: Weight,
+    out: DepthImage,
+    first: int,
+    every: int,
+    camera: Float,
+    R: Float,
+    t: Float,
+    voxel: float,
+    reach: float,
+    least: int,
+    low: Float,
+    high: Float,
+    keys: Int64,
+    rows: Int32,
+    tsdf: Field,
+    weight: Weight,
 ) -> None:
     """Fills every `every`-th row of `out` [height,width] with z-depth, 0 where a ray meets no surface.
 
@@ -72,14 +84,22 @@ def _span(origin: Float, ray: Float, low: Float, high: Float) -> tuple[float, fl
 
 @jit
 def _march(
-    origin: Float, ray: Float, begin: float, end: float, reach: float, least: int,
-    keys: Int64, rows: Int32, tsdf: Field, weight: Weight,
+    origin: Float,
+    ray: Float,
+    begin: float,
+    end: float,
+    reach: float,
+    least: int,
+    keys: Int64,
+    rows: Int32,
+    tsdf: Field,
+    weight: Weight,
 ) -> float:
     ox, oy, oz = origin[0] + 0.5, origin[1] + 0.5, origin[2] + 0.5  # so that floor() gives the nearest voxel
     dx, dy, dz = ray[0], ray[1], ray[2]
     one = 1.0 / np.sqrt(dx * dx + dy * dy + dz * dz)  # depth per voxel of path
     s, before = begin + 1e-3 * one, -1.0
-    current, row = np.int64(-1), -1
+    current = row = -1
     while s < end:
         px, py, pz = ox + s * dx, oy + s * dy, oz + s * dz
         vx, vy, vz = int(np.floor(px)), int(np.floor(py)), int(np.floor(pz))
@@ -114,14 +134,22 @@ def _leave(p: float, d: float) -> float:
     """Depth until coordinate p, in voxels, leaves its block."""
     if d == 0:
         return np.inf
-    inside = p - SIDE * np.floor(p / SIDE)
+    inside: float = p - SIDE * np.floor(p / SIDE)
     return (SIDE - inside) / d if d > 0 else -inside / d
 
 
 @jit
 def _solve(
-    origin: Float, ray: Float, near: float, far: float, one: float, least: int,
-    keys: Int64, rows: Int32, tsdf: Field, weight: Weight,
+    origin: Float,
+    ray: Float,
+    near: float,
+    far: float,
+    one: float,
+    least: int,
+    keys: Int64,
+    rows: Int32,
+    tsdf: Field,
+    weight: Weight,
 ) -> float:
     """Zero of the interpolant around [near, far], which nearest voxels bracket; 0 when it has none there."""
     at_near = _trilinear(origin, ray, near, least, keys, rows, tsdf, weight)
@@ -159,7 +187,7 @@ def _trilinear(
     ix, iy, iz = int(np.floor(px)), int(np.floor(py)), int(np.floor(pz))
     fx, fy, fz = px - ix, py - iy, pz - iz
     total = 0.0
-    current, row = np.int64(-1), -1
+    current = row = -1
     for corner in range(8):
         x, y, z = ix + (corner & 1), iy + ((corner >> 1) & 1), iz + (corner >> 2)
         key = pack(x >> 3, y >> 3, z >> 3)

@@ -53,9 +53,29 @@ def normal_at(
 
 @jit
 def gather(
-    n: int, position: Float32, normal: Float32, color: Float32, radius: Float32, weight: Float32, last: Int32,
-    violations: UInt8, depth: DepthImage, image: Image, camera: Float, R: Float, t: Float, base: int, floor: float,
-    share: float, unit: float, cap: float, frame: int, patience: int, stale: int, light: float, covered: UInt8,
+    n: int,
+    position: Float32,
+    normal: Float32,
+    color: Float32,
+    radius: Float32,
+    weight: Float32,
+    last: Int32,
+    violations: UInt8,
+    depth: DepthImage,
+    image: Image,
+    camera: Float,
+    R: Float,
+    t: Float,
+    base: int,
+    floor: float,
+    share: float,
+    unit: float,
+    cap: float,
+    frame: int,
+    patience: int,
+    stale: int,
+    light: float,
+    covered: UInt8,
 ) -> int:
     """Merge a frame into the surfels it sees; returns how many have died (weight 0).
 
@@ -102,7 +122,8 @@ def gather(
         w = (unit / seen) ** 2
         part = w / (weight[i] + w)
         step = part * (
-            cx * (seen * (u - camera[2]) / camera[0] - x) + cy * (seen * (v - camera[3]) / camera[1] - y)
+            cx * (seen * (u - camera[2]) / camera[0] - x)
+            + cy * (seen * (v - camera[3]) / camera[1] - y)
             + cz * (seen - z)
         )
         cx, cy, cz = cx + part * (nx - cx), cy + part * (ny - cy), cz + part * (nz - cz)
@@ -127,11 +148,30 @@ def _cover(covered: UInt8, depth: DepthImage, u: int, v: int, half: int, z: floa
 
 @jit
 def spawn(
-    n: int, position: Float32, normal: Float32, color: Float32, radius: Float32, weight: Float32, depth: DepthImage,
-    image: Image, camera: Float, R: Float, t: Float, base: int, floor: float, share: float, unit: float, cap: float,
-    spacing: float, size: float, covered: UInt8, seeds: Int64, stamps: Int32, tick: int,
+    n: int,
+    position: Float32,
+    normal: Float32,
+    color: Float32,
+    radius: Float32,
+    weight: Float32,
+    depth: DepthImage,
+    image: Image,
+    camera: Float,
+    R: Float,
+    t: Float,
+    base: int,
+    floor: float,
+    share: float,
+    unit: float,
+    cap: float,
+    spacing: float,
+    size: float,
+    covered: UInt8,
+    seeds: Int64,
+    stamps: Int32,
+    tick: int,
 ) -> int:
-    """New surfels for uncovered pixels, one per cube of side `spacing`, in scan order from row n; returns the new count.
+    """New surfels for uncovered pixels, one per cube of side `spacing`, in scan order from row n; returns their end.
 
     R, t: T_world_cam. seeds, stamps: hash set of cubes, valid where stamps equals tick. Returns -1 when the arrays or
     the set are too small: grow both and repeat.
@@ -173,8 +213,9 @@ def spawn(
 def _cube(x: float, y: float, z: float) -> int:
     """A key for an integer cube; 21 bits an axis, which distinguishes what one camera can see at once."""
     low = (1 << 21) - 1
-    a, b, c = np.int64(np.floor(x)) & low, np.int64(np.floor(y)) & low, np.int64(np.floor(z)) & low
-    return (a << 42) | (b << 21) | c
+    a, b, c = int(np.floor(x)) & low, int(np.floor(y)) & low, int(np.floor(z)) & low
+    key = (a << 42) | (b << 21) | c
+    return key
 
 
 @jit
@@ -191,8 +232,18 @@ def survivors(n: int, weight: Float32) -> Int64:
 
 @jit
 def splat(
-    n: int, position: Float32, normal: Float32, radius: Float32, weight: Float32, camera: Float, R: Float, t: Float,
-    slab: float, near: Float32, total: Float32, mass: Float32,
+    n: int,
+    position: Float32,
+    normal: Float32,
+    radius: Float32,
+    weight: Float32,
+    camera: Float,
+    R: Float,
+    t: Float,
+    slab: float,
+    near: Float32,
+    total: Float32,
+    mass: Float32,
 ) -> None:
     """Depth of the surfels as squares on the image, each a tilted plane; back faces are left out.
 
