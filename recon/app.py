@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from recon.artifact import write_atomic
 from recon.config import CONF, Config, register, to_config
 from recon.errors import ReconError, Refused
-
-if TYPE_CHECKING:
-    from recon.pipeline import Run
 
 log = logging.getLogger(__name__)
 register()
@@ -72,43 +69,35 @@ def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
 
         _table("Plan: nothing is run", plan(config))
         return
-    tags = _tags(settings)
+    run_job(config, composed, _tags(settings), folder)
+
+
+def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: Path) -> None:
+    """Run the stages under the tracker; a run that fails is recorded with what it had found."""
+    from recon import pipeline
+    from recon.store import Store
+
     config.tracking.open(config.name, run_name(config), Path(config.output), tags)
-    run: Run | None = None
+    state = pipeline.Run(config, folder, Store(config))
+    state.record.params = _flatten(OmegaConf.to_container(composed, resolve=True))
+    state.record.tags = tags
+    lines: list[str] = []
     status = "FAILED"
     try:
-        from recon.pipeline import run as run_pipeline
-
-        run = run_pipeline(config, folder)
+        pipeline.run(state)
+        state.record.files += [pipeline.finish(state), folder / ".hydra"]
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        lines = _close(config, composed, run, status, tags, folder)
-    assert run is not None
-    _write_result(folder, composed, "ok", None, run.metrics)
+        lines = config.tracking.close(state.record, status)
+    _write_result(folder, composed, "ok", None, state.metrics)
     _table(
-        run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in run.rows]
+        run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in state.rows]
     )
     for line in [f"results {folder}", *lines]:
         _say(line)
-
-
-def _close(
-    config: Config, composed: DictConfig, run: Run | None, status: str, tags: dict[str, str], folder: Path
-) -> list[str]:
-    """Write metrics.json and the tracker's record; a failed run is recorded too, without results."""
-    from recon.pipeline import finish
-    from recon.tracking import Record
-
-    record = run.record if run else Record()
-    if run is not None:
-        record.files.insert(0, finish(run))
-    record.params = _flatten(OmegaConf.to_container(composed, resolve=True))
-    record.files.append(folder / ".hydra")
-    record.tags = tags
-    return config.tracking.close(record, status)
 
 
 def run_name(config: Config) -> str:

@@ -47,9 +47,13 @@ class Run:
     reconstruction: Reconstruction | None = None
 
 
-def run(config: Config, folder: Path) -> Run:
-    """Run the stages asked for, in order. `folder` is the run folder and exists."""
-    state = Run(config, folder, Store(config))
+def run(state: Run) -> None:
+    """Run the stages asked for, in order; what they find is in `state` even when a later one fails.
+
+    Raises:
+        ReconError: what a user can mend; artifacts finished before it are kept.
+    """
+    config = state.config
     if {"reconstruct", "evaluate"} & set(config.stages):
         config.source.validate()
     for name in STAGES:
@@ -57,7 +61,6 @@ def run(config: Config, folder: Path) -> Run:
             start = time.perf_counter()
             outcome = STAGE_FUNCTIONS[name](state)
             state.rows.append(StageRow(name, outcome, time.perf_counter() - start))
-    return state
 
 
 def finish(run: Run) -> Path:
