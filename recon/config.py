@@ -197,16 +197,14 @@ def unknown_keys(composed: DictConfig) -> None:
         if kind is None or not is_dataclass(kind):
             return
         known = [f.name for f in fields(kind)]
-        for key in node:
+        for key in map(str, node):
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
-                raise ReconError(
-                    f"unknown key {where}{key}",
-                    f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}",
-                )
+                near = difflib.get_close_matches(key, known, 1)
+                remedy = f"did you mean {where}{near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ReconError(f"unknown key {where}{key}", remedy)
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_missing() and not child._is_none():
-                walk(child, f"{where}{key!s}.")
+                walk(child, f"{where}{key}.")
 
     walk(composed, "")
 
