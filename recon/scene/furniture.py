@@ -17,7 +17,9 @@ def table(b: Builder, palette: Palette, width: float, depth: float, height: floa
     b.box((0, 0, height - 0.025), (width, depth, 0.05), top)
     for x in (-1, 1):
         for y in (-1, 1):
-            b.box((x * (width / 2 - 0.07), y * (depth / 2 - 0.07), (height - 0.05) / 2), (0.07, 0.07, height - 0.05), top)
+            b.box(
+                (x * (width / 2 - 0.07), y * (depth / 2 - 0.07), (height - 0.05) / 2), (0.07, 0.07, height - 0.05), top
+            )
     _vase(b, palette, b.rng.uniform(-0.12, 0.12), 0.05, height)
     _books(b, palette, -width * 0.3, -depth * 0.1, height)
     bowl = b.rng.uniform(0.08, 0.11)
@@ -44,7 +46,9 @@ def sofa(b: Builder, palette: Palette, width: float) -> None:
     for side in (-1, 1):
         b.box((side * (width / 2 - 0.09), -0.02, 0.34), (0.18, 0.85, 0.56), fabric)
         b.box((side * (width / 4 - 0.05), -0.07, 0.34), (width / 2 - 0.13, 0.66, 0.15), seats)
-        cushion = cloth(palette.accent(b.rng), (Texture.STRIPES, Texture.CARPET, Texture.CHECKS)[int(b.rng.integers(3))], 0.07)
+        cushion = cloth(
+            palette.accent(b.rng), (Texture.STRIPES, Texture.CARPET, Texture.CHECKS)[int(b.rng.integers(3))], 0.07
+        )
         lean = tilt(-0.35) @ turn(0.0)
         b.box((side * (width / 2 - 0.42), 0.13, 0.58), (0.42, 0.13, 0.40), cushion, turn(side * -0.2) @ lean)
 
@@ -111,7 +115,9 @@ def picture(b: Builder, palette: Palette, x: float, z: float, width: float, heig
     """A framed painting on the wall behind the group's y = 0."""
     frame = wood(palette.wood) if b.rng.random() < 0.6 else METAL
     b.box((x, -0.015, z), (width + 0.08, 0.03, height + 0.08), frame)
-    art = Material(palette.accent(b.rng), palette.accent(b.rng), Texture.PAINTING, float(b.rng.uniform(0.12, 0.3)), 0.15)
+    art = Material(
+        palette.accent(b.rng), palette.accent(b.rng), Texture.PAINTING, float(b.rng.uniform(0.12, 0.3)), 0.15
+    )
     b.box((x, -0.03, z), (width, 0.024, height), art)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from recon.geometry.views import Array
 from recon.scene import furniture
 from recon.scene.description import Builder, Material, Motion, Rig, Scene, Shape, Texture
-from recon.scene.palette import Palette, draw_palette, painted, patterned, plaster, shade, wood
+from recon.scene.palette import Palette, draw_palette, painted, patterned, plaster, shade
 
 SLAB = 0.1
 """Thickness of walls, metres: they are boxes outside the room."""
@@ -102,7 +102,9 @@ def _middle(b: Builder, palette: Palette, size: Array) -> None:
         furniture.chair(middle.group(-0.28, depth / 2 + 0.2, b.rng.uniform(-0.3, 0.3)), palette)
         furniture.chair(middle.group(width / 2 + 0.3, 0.0, -np.pi / 2 + b.rng.uniform(-0.3, 0.3)), palette)
     for side in (-1, 1):
-        spot = b.group(side * size[0] * b.rng.uniform(0.28, 0.34), -size[1] * b.rng.uniform(0.08, 0.2), b.rng.uniform(0, 3))
+        spot = b.group(
+            side * size[0] * b.rng.uniform(0.28, 0.34), -size[1] * b.rng.uniform(0.08, 0.2), b.rng.uniform(0, 3)
+        )
         furniture.clutter(spot, palette, float(b.rng.uniform(0.25, 0.4)))
 
 
@@ -116,12 +118,25 @@ def _walls(b: Builder, palette: Palette, size: Array) -> None:
     count = int(b.rng.integers(2, 4))
     for number in range(count):
         place = offset + (number - (count - 1) / 2) * 0.85
-        furniture.picture(back, palette, place, float(b.rng.uniform(1.5, 1.7)), float(b.rng.uniform(0.4, 0.65)), float(b.rng.uniform(0.4, 0.65)))  # fmt: skip
+        furniture.picture(
+            back,
+            palette,
+            place,
+            float(b.rng.uniform(1.5, 1.7)),
+            float(b.rng.uniform(0.4, 0.65)),
+            float(b.rng.uniform(0.4, 0.65)),
+        )
     side = 1 if b.rng.random() < 0.5 else -1
     furniture.floor_lamp(b.group(side * (w / 2 - 0.32), d / 2 - 0.4), palette)
     furniture.plant(b.group(-side * (w / 2 - 0.36), d / 2 - 0.42), palette)
     left = b.group(-side * w / 2, 0.15, side * np.pi / 2)
-    furniture.shelf(left.group(b.rng.uniform(-0.3, 0.3), -0.17), palette, float(b.rng.uniform(0.9, 1.3)), float(b.rng.uniform(1.6, 2.0)), 4)  # fmt: skip
+    furniture.shelf(
+        left.group(b.rng.uniform(-0.3, 0.3), -0.17),
+        palette,
+        float(b.rng.uniform(0.9, 1.3)),
+        float(b.rng.uniform(1.6, 2.0)),
+        4,
+    )
     right = b.group(side * w / 2, 0.1, -side * np.pi / 2)
     furniture.cabinet(right.group(b.rng.uniform(-0.3, 0.1), -0.24), palette, float(b.rng.uniform(1.0, 1.5)))
     furniture.window(right, float(b.rng.uniform(-0.3, 0.3)), 1.7, 1.2, 0.9)

@@ -39,7 +39,9 @@ def nearest(solids: Solids, origin: Tensor, direction: Tensor, t_min: float = 1e
     count = direction.shape[1]
     starts = origin if origin.shape[1] == 1 else origin.expand(-1, count, -1)
     parts = [
-        _nearest(solids, starts if starts.shape[1] == 1 else starts[:, at : at + block], direction[:, at : at + block], t_min)
+        _nearest(
+            solids, starts if starts.shape[1] == 1 else starts[:, at : at + block], direction[:, at : at + block], t_min
+        )
         for at in range(0, count, block)
     ]
     return torch.cat([t for t, _ in parts], dim=1), torch.cat([index for _, index in parts], dim=1)
@@ -59,9 +61,7 @@ def _nearest(solids: Solids, origin: Tensor, direction: Tensor, t_min: float) ->
 
 def _local(solids: Solids, origin: Tensor, direction: Tensor, start: int, stop: int) -> tuple[XYZ, XYZ, XYZ]:
     """Rays in the frames of primitives start..stop, as x, y, z of [S,P,N] (or [S,P,1]), and half extents [S,P,1]."""
-    centre, rotation, half = (
-        value[:, start:stop, None] for value in (solids.centre, solids.rotation, solids.half)
-    )
+    centre, rotation, half = (value[:, start:stop, None] for value in (solids.centre, solids.rotation, solids.half))
     o = [origin[:, None, :, axis] - centre[..., axis] for axis in range(3)]
     d = [direction[:, None, :, axis].contiguous() for axis in range(3)]
 

@@ -98,13 +98,13 @@ def render(
     color: bool = True,
     exposure: Tensor | float = 1.0,
     noise: float = 1.5,
-    salt: int = 0,
+    salts: Sequence[int] = (),
 ) -> Frames:
     """Render C cameras in each of S scenes.
 
     K [S,C,3,3] pixels, zero skew; T_world_cam [S,C,4,4]. color=False leaves rgb black and saves the shading and the
-    shadow rays. exposure: a number or [S,C]. noise: standard deviation of the sensor noise in grey levels of 255;
-    `salt` changes it from frame to frame.
+    shadow rays. exposure: a number or [S,C]. noise: standard deviation of the sensor noise in grey levels of 255; it
+    follows from the scene and the camera's entry in `salts` (its number where empty).
     """
     S, C = K.shape[:2]
     gain = torch.as_tensor(exposure, dtype=torch.float32, device=K.device).expand(S, C)
@@ -112,8 +112,8 @@ def render(
     step = max((PIXELS_CPU if K.device.type == "cpu" else PIXELS_GPU) // S, 64)
     cameras = []
     for c in range(C):
-        view = _View(K[:, c].float(), T_world_cam[:, c].float(), gain[:, c], noise, salt * C + c)
-        chunks = [_chunk(scenes, view, part, width, color) for part in pixels.split(step)]
+        view = _View(K[:, c].float(), T_world_cam[:, c].float(), gain[:, c], noise, salts[c] if salts else c)
+        chunks = [_chunk(scenes, view, part, width, color) for part in torch.split(pixels, step)]
         cameras.append([torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)])
     rgb, depth, normals, primitive, moving = (torch.stack(parts, dim=1) for parts in zip(*cameras, strict=True))
     shape = (S, C, height, width)
@@ -138,7 +138,9 @@ def _chunk(scenes: SceneTensors, view: _View, pixels: Tensor, width: int, color:
     K, pose = view.K[:, None], view.pose[:, None]
     x = ((pixels % width) - K[..., 0, 2]) / K[..., 0, 0]
     y = (pixels // width - K[..., 1, 2]) / K[..., 1, 1]
-    direction = x[..., None] * pose[..., :3, 0] + y[..., None] * pose[..., :3, 1] + pose[..., :3, 2]  # z = 1: t is depth
+    direction = (
+        x[..., None] * pose[..., :3, 0] + y[..., None] * pose[..., :3, 1] + pose[..., :3, 2]
+    )  # z = 1: t is depth
     origin = pose[..., :3, 3]
     t, index = nearest(scenes.solids, origin, direction)
     hit = torch.isfinite(t)
@@ -150,7 +152,7 @@ def _chunk(scenes: SceneTensors, view: _View, pixels: Tensor, width: int, color:
         cosine = (normal * direction).sum(-1).abs() / direction.norm(dim=-1)
         footprint = depth / K[..., 0, 0] / cosine.clamp_min(0.2).sqrt()
         shaded = _shade(scenes, _hits(scenes, index, local, footprint), index, point, normal)
-        rgb = _expose(torch.where(hit[..., None], shaded, 0), view, pixels)
+        rgb = _expose(torch.where(hit[..., None], shaded, 0), view, pixels, scenes.salt[:, :1])
     else:
         rgb = torch.zeros(normal.shape, dtype=torch.uint8, device=normal.device)
     moving = scenes.moving.gather(1, index) & hit
@@ -215,12 +217,12 @@ def _corners(room: Tensor, point: Tensor, normal: Tensor) -> Tensor:
     return share
 
 
-def _expose(light: Tensor, view: _View, pixels: Tensor) -> Tensor:
+def _expose(light: Tensor, view: _View, pixels: Tensor, salt: Tensor) -> Tensor:
     """Linear light to 8 bits: saturating response, display gamma, sensor noise from a hash."""
     value = (1 - torch.exp(-1.6 * light * view.exposure[:, None, None])).clamp(1e-6, 1) ** (1 / 2.2) * 255
     if view.noise > 0:
-        number = (pixels * 3)[:, None] + torch.arange(3, device=pixels.device)
-        number = (number + view.salt * 16777619 % 1_000_003 * 2003).to(torch.int32)
-        uniform = sum((hashed(number * 5 + k, 1234567) for k in range(4)), torch.zeros((), device=pixels.device))
+        seed = (salt + view.salt * 7919).to(torch.int32)[..., None] * 16807
+        number = ((pixels * 3)[:, None] + torch.arange(3, device=pixels.device)).to(torch.int32) * 5 ^ seed
+        uniform = sum((hashed(number + k, 1234567) for k in range(4)), torch.zeros((), device=pixels.device))
         value = value + view.noise * 1.732 * (uniform - 2)  # a sum of four uniforms has the variance 1/3
     return (value + 0.5).clamp(0, 255).to(torch.uint8)

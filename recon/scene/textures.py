@@ -74,7 +74,9 @@ def noise(x: Tensor, y: Tensor, z: Tensor, salt: Tensor) -> Tensor:
     """Value noise in [0, 1) with unit lattice and smoothstep interpolation."""
     cells = [torch.floor(axis) for axis in (x, y, z)]
     fx, fy, fz = (_smooth(axis - cell) for axis, cell in zip((x, y, z), cells, strict=True))
-    hx, hy, hz = (cell.to(torch.int32) * prime for cell, prime in zip(cells, (374761393, 668265263, 974711), strict=True))
+    hx, hy, hz = (
+        cell.to(torch.int32) * prime for cell, prime in zip(cells, (374761393, 668265263, 974711), strict=True)
+    )
     edges = []
     for py in (hy, hy + 668265263):
         for pz in (hz, hz + 974711):

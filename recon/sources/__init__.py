@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from recon.component import Component
-from recon.errors import ReconError
+from recon.errors import ReconError, Refused
 from recon.geometry.views import Scale, View
 
 if TYPE_CHECKING:
@@ -83,3 +83,28 @@ class Source(Component):
     def surface(self) -> Surface | None:
         """Ground-truth surface, where the source has one."""
         return None
+
+
+class Planned(Source):
+    """A source that composes but is not part of this version: `check` refuses it, and so does every method."""
+
+    def cameras(self) -> list[str]:
+        self._refuse()
+
+    def bootstrap(self) -> list[View]:
+        self._refuse()
+
+    def batches(self) -> Iterator[list[View]]:
+        self._refuse()
+
+    def __len__(self) -> int:
+        self._refuse()
+
+    def content_key(self) -> str:
+        self._refuse()
+
+    def scale(self) -> Scale:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise Refused(f"source={self.name}: {self.not_built}", "source=images reads folders of frames")
