@@ -4,7 +4,7 @@
 dimensionless, about the relative depth error, positive where the prediction is nearer than the map. One nearer object
 that the map has not seen yet has so much leverage that M-estimators and scales estimated from the residuals (MAD)
 break at 10 to 20 % of such pixels. Here hypotheses from two points compete (RANSAC, Fischler and Bolles 1981) under a
-truncated quadratic cost summed over several widths, slightly one-sided, and the winner is refined by Tukey's biweight
+truncated quadratic cost summed over several widths, slightly one-sided, and the best are refined by Tukey's biweight
 with a cut-off that is *fixed*. In a stream the last fit takes the place of the hypotheses.
 """
 
@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.geometry.views import Array, DepthImage
+
+FINALIST_ROUNDS = 3
+"""Rounds of refinement before the finalists are compared: what is left moves their cost little."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,11 @@ class AlignOptions:
     """Least distance of a hypothesis's two points, as a share of the 5-95 % range of disparity."""
     widths: tuple[float, ...] = (0.03, 0.06, 0.12)
     """Residuals beyond a width cost the same; the costs of all widths are summed."""
-    behind: float = 1.25
+    behind: float = 1.15
     """Cost of a pixel beyond a width *behind* the map, where one in front costs 1. New objects stand in front, things
-    that have left the scene leave pixels behind: 2 or 3 are safer against the former and fail on a stale map."""
+    that have left the scene leave pixels behind: more is safer against the former and fails on a stale map."""
+    finalists: int = 3
+    """Distinct best hypotheses that are refined before the final choice, which leaves out the narrowest width."""
     cut_off: float = 0.20
     """Residual beyond which a pixel has no weight in the refinement."""
     rounds: int = 10
@@ -196,7 +201,7 @@ def _prior_or_ransac(
 ) -> tuple[tuple[float, float] | None, str]:
     kept, kept_share, margin = None, 0.0, 0.0
     if prior is not None:
-        kept = _refine(d, y, z, *prior, options)
+        kept = _refine(d, y, z, *prior, options.cut_off, options.rounds)
         kept_share = _within(d, z, *kept, 0.10)
         confirmed = _apart(d, prior, kept) <= options.confirmed
         if confirmed and kept_share >= options.keep_prior:
@@ -204,7 +209,7 @@ def _prior_or_ransac(
         margin = options.takeover if confirmed else 0.0
     best = _ransac(d, y, z, rng, options)
     if best is not None:
-        best = _refine(d, y, z, *best, options)
+        best = _refine(d, y, z, *best, options.cut_off, options.rounds)
         if kept is None or _within(d, z, *best, 0.10) >= kept_share + margin:
             return best, "ransac"
     return kept, "prior"
@@ -222,14 +227,31 @@ def _ransac(
     usable = np.flatnonzero((np.abs(gap) >= options.pair_gap * (high - low)) & (s > 0) & np.isfinite(s))
     if not len(usable):
         return None
-    s = s[usable[: options.hypotheses]]
-    t = y[first[usable[: options.hypotheses]]] - s * d[first[usable[: options.hypotheses]]]
+    kept = usable[: options.hypotheses]
+    s, t = s[kept], y[first[kept]] - s[kept] * d[first[kept]]
     scored = rng.permutation(len(d))[: options.score_pixels]
-    best = int(np.argmin(_cost(d[scored], z[scored], s, t, options)))
-    return float(s[best]), float(t[best])
+    order = np.argsort(_cost(d[scored], z[scored], s, t, options.widths, options.behind), kind="stable")
+    refined = [
+        _refine(d[scored], y[scored], z[scored], float(s[i]), float(t[i]), options.cut_off, FINALIST_ROUNDS)
+        for i in _distinct(d[scored], s, t, order, options)
+    ]
+    ends = np.array(refined).T
+    return refined[int(np.argmin(_cost(d, z, ends[0], ends[1], options.widths[1:], options.behind)))]
 
 
-def _cost(d: Array, z: Array, s: Array, t: Array, options: AlignOptions) -> Array:
+def _distinct(d: Array, s: Array, t: Array, order: NDArray[np.intp], options: AlignOptions) -> list[int]:
+    """The best hypotheses that are not the same one again: their depths differ by 10 % at a quantile of d."""
+    levels = np.maximum(s[:, None] * np.quantile(d, (0.1, 0.9)) + t[:, None], 1e-12)
+    found: list[int] = []
+    for i in order:
+        if all(np.abs(levels[i] / levels[k] - 1).max() > 0.10 for k in found):
+            found.append(int(i))
+        if len(found) == options.finalists:
+            break
+    return found
+
+
+def _cost(d: Array, z: Array, s: Array, t: Array, widths: tuple[float, ...], behind: float) -> Array:
     """Cost [M] of hypotheses (s, t): per width min((r/w)^2, 1), times `behind` where r < -w, summed over pixels.
 
     Single precision, in blocks that stay in the processor's cache: only the ranking matters here.
@@ -240,20 +262,20 @@ def _cost(d: Array, z: Array, s: Array, t: Array, options: AlignOptions) -> Arra
     for start in range(0, len(d), 128):
         r = lines @ terms[:, start : start + 128] - np.float32(1)
         square = r * r
-        for width in options.widths:
+        for width in widths:
             total += np.minimum(square * np.float32(width**-2), np.float32(1)).sum(axis=1)
-            total += (options.behind - 1) * np.count_nonzero(r < -width, axis=1)
+            total += (behind - 1) * np.count_nonzero(r < -width, axis=1)
     return total
 
 
-def _refine(d: Array, y: Array, z: Array, s: float, t: float, options: AlignOptions) -> tuple[float, float]:
+def _refine(d: Array, y: Array, z: Array, s: float, t: float, cut_off: float, rounds: int) -> tuple[float, float]:
     """Reweighted least squares: Tukey's weight of r with the fixed cut-off, times 1/y^2 as errors are relative in z."""
     a, zz = d * z, z * z
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         r = s * a
         r += t * z
         r -= 1
-        r *= 1 / options.cut_off
+        r *= 1 / cut_off
         r *= r
         weight = np.maximum(1 - r, 0)
         weight *= weight
