@@ -332,9 +332,9 @@ def test_a4_cost(benchmark, data):
 
 
 def test_a5_and_a6_streams(benchmark, data):
-    poor = benchmark.stream(data, 60, 0, 0.12, benchmark.STREAM_GATES)
+    poor = benchmark.stream(data, 40, 0, 0.12, benchmark.STREAM_GATES)
     assert np.mean(poor["constant"]) < 0.7 * np.mean(poor["raw"])
-    good = benchmark.stream(data, 30, 0, None, Align())
+    good = benchmark.stream(data, 16, 0, None, Align())
     assert np.mean(good["constant"]) < np.mean(good["raw"]) + 0.3
     assert np.mean(good["accepted"]) > 0.9
 
