@@ -93,7 +93,7 @@ class SurfelMap(Map):
             o.weight_cap, frame, o.patience, o.stale_frames, o.stale_weight, covered,
         )  # fmt: skip
         if dead:
-            self._drop_dead()
+            self.size = surfels.keep_living(self.size, *self.columns.values())
         self._spawn(depth, image, camera, view.T_world_cam, base, covered, frame)
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
@@ -162,12 +162,3 @@ class SurfelMap(Map):
             self.columns[name] = grown
         length = 2 * len(self._seeds)
         self._seeds, self._stamps = np.zeros(length, np.int64), np.zeros(length, np.int32)
-
-    def _drop_dead(self) -> None:
-        from recon.fusion.kernels.surfels import survivors
-
-        rows = survivors(self.size, self.columns["weight"])
-        moved = int(np.argmax(rows != np.arange(len(rows)))) if len(rows) and rows[-1] >= len(rows) else len(rows)
-        for column in self.columns.values():
-            column[moved : len(rows)] = column[rows[moved:]]
-        self.size = len(rows)

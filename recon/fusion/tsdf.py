@@ -101,7 +101,7 @@ class TsdfMap(Map):
             low, high = g.corners()
             render(
                 out, pinhole(K), *rigid(T_world_cam), o.voxel, o.truncation, o.min_weight, low, high,
-                g.keys, g.rows, g.tsdf, g.weight,
+                g.clusters, g.keys, g.rows, g.tsdf, g.weight,
             )  # fmt: skip
         return out
 
@@ -129,8 +129,8 @@ class TsdfMap(Map):
 
         format: int64, 1. voxel, max_depth: float64, map units. truncation: float64, voxels. block_keys [B,3] int32:
         the block holds voxels 8*key .. 8*key+7 on each axis, and the voxel with integer coordinate i has its centre
-        at i*voxel in world coordinates. tsdf [B,8,8,8] float32, axes z, y, x: signed distance over truncation*voxel, positive
-        outside. weight [B,8,8,8] uint16: observations, 0 = unseen. color [B,8,8,8,3] uint8 RGB.
+        at i*voxel in world coordinates. tsdf [B,8,8,8] float32, axes z, y, x: signed distance over truncation*voxel,
+        positive outside. weight [B,8,8,8] uint16: observations, 0 = unseen. color [B,8,8,8,3] uint8 RGB.
         """
         path = folder / "tsdf_volume.npz"
         arrays: dict[str, Any] = self.grid.arrays()

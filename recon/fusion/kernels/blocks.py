@@ -18,6 +18,7 @@ Int64 = NDArray[np.int64]
 
 REACH = 1 << 20  # block coordinates lie in [-REACH, REACH): 21 bits each
 SIDE = 8
+CLUSTER = 2  # clusters of (2^CLUSTER)^3 blocks let rays pass empty space in longer steps
 _FREE = -1
 _PENDING = -2  # row of a block that this frame has found and that has no buffer yet
 
@@ -58,6 +59,25 @@ def insert(keys: Int64, rows: Int32, coordinates: Int32, buffer_rows: Int64) -> 
         slot = slot_of(keys, key)
         keys[slot] = key
         rows[slot] = buffer_rows[i]
+
+
+@jit
+def extent(coordinates: Int32, active: Int32) -> tuple[Float, Float]:
+    """Lowest and highest coordinates [3] of the active rows."""
+    low, high = np.full(3, np.inf), np.full(3, -np.inf)
+    for i in range(len(active)):
+        for a in range(3):
+            low[a], high[a] = min(low[a], coordinates[active[i], a]), max(high[a], coordinates[active[i], a])
+    return low, high
+
+
+@jit
+def mark_clusters(clusters: Int64, coordinates: Int32) -> None:
+    """Add the clusters of block coordinates [N,3] to the set `clusters`."""
+    for i in range(len(coordinates)):
+        x, y, z = coordinates[i, 0] >> CLUSTER, coordinates[i, 1] >> CLUSTER, coordinates[i, 2] >> CLUSTER
+        key = pack(x, y, z)
+        clusters[slot_of(clusters, key)] = key
 
 
 @jit
@@ -161,7 +181,7 @@ def in_view(
         cy = R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1]
         u = int(np.floor(camera[0] * cx / cz + camera[2] + 0.5))
         v = int(np.floor(camera[1] * cy / cz + camera[3] + 0.5))
-        half = int(camera[0] * 0.87 * block / cz) + 1  # pixels from its centre to its corner
+        half = int(camera[0] * 0.7 * block / cz) + 1  # pixels from its centre to beyond its sides
         if _is_free(depth, u, v, half, cz + block):
             stamps[row] = tick
             known[n_known] = row

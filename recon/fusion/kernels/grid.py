@@ -47,12 +47,12 @@ class BlockGrid:
     def nbytes(self) -> int:
         """Bytes of all buffers at capacity, of the keys and of the index."""
         buffers = self.tsdf.nbytes + self.weight.nbytes + self.color.nbytes + self.coordinates.nbytes
-        return int(buffers + self.keys.nbytes + self.rows.nbytes + self._stamps.nbytes)
+        return int(buffers + self.keys.nbytes + self.rows.nbytes + self.clusters.nbytes + self._stamps.nbytes)
 
     def corners(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Lowest and highest corner of the blocks in use, in voxels."""
-        used = self.coordinates[self.active].astype(np.float64) * blocks.SIDE
-        return used.min(0) - 0.5, used.max(0) + blocks.SIDE - 0.5
+        low, high = blocks.extent(self.coordinates, self.active)
+        return low * blocks.SIDE - 0.5, (high + 1) * blocks.SIDE - 0.5
 
     def blocks_of(self, depth: DepthImage, K: Array, T_world_cam: Array, truncation: float, carve: bool) -> Int32:
         """Rows of the blocks near the measured surface, made where missing; with `carve` also of those seen through."""
@@ -174,6 +174,7 @@ class BlockGrid:
         if 2 * self.size > len(self.keys):
             self._index(2 * len(self.keys))
         blocks.insert(self.keys, self.rows, fresh, rows.astype(np.int64))
+        blocks.mark_clusters(self.clusters, fresh)
 
     def _grow(self, capacity: int) -> None:
         """A larger grid with the same blocks. Open3D's own `reserve` takes five times as long."""
@@ -206,7 +207,10 @@ class BlockGrid:
     def _index(self, length: int) -> None:
         self.keys: NDArray[np.int64] = np.full(length, -1, np.int64)
         self.rows: Int32 = np.full(length, -1, np.int32)
-        blocks.insert(self.keys, self.rows, self.coordinates[self.active], self.active.astype(np.int64))
+        self.clusters: NDArray[np.int64] = np.full(length, -1, np.int64)
+        used = self.coordinates[self.active]
+        blocks.insert(self.keys, self.rows, used, self.active.astype(np.int64))
+        blocks.mark_clusters(self.clusters, used)
 
     def _rows_of(self, coordinates: Int32) -> Int32:
         return blocks.find(self.keys, self.rows, coordinates)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.fusion.kernels import jit
-from recon.fusion.kernels.blocks import SIDE, pack, slot_of
+from recon.fusion.kernels.blocks import CLUSTER, SIDE, pack, slot_of
 from recon.geometry.views import DepthImage
 
 Float = NDArray[np.float64]
@@ -25,6 +25,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
+_CLOSE = 2e-3  # of the truncation: under a hundredth of a voxel
 _THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -48,6 +49,7 @@ def cast_depth(
     least: int,
     low: Float,
     high: Float,
+    clusters: Int64,
     keys: Int64,
     rows: Int32,
     tsdf: Field,
@@ -56,7 +58,7 @@ def cast_depth(
     """Fills every `every`-th row of `out` [height,width] with z-depth, 0 where a ray meets no surface.
 
     R, t: T_world_cam. reach: truncation in voxels. least: observations that every corner of the interpolation needs.
-    low, high: corners of the map in voxels. keys, rows: block index. tsdf, weight: [rows,512], x fastest.
+    low, high: corners of the map in voxels. clusters, keys, rows: block index. tsdf, weight: [rows,512], x fastest.
     """
     origin = t / voxel
     ray = np.empty(3)
@@ -66,7 +68,7 @@ def cast_depth(
             for a in range(3):
                 ray[a] = (R[a, 0] * x + R[a, 1] * y + R[a, 2]) / voxel
             begin, end = _span(origin, ray, low, high)
-            out[v, u] = _march(origin, ray, begin, end, reach, least, keys, rows, tsdf, weight)
+            out[v, u] = _march(origin, ray, begin, end, reach, least, clusters, keys, rows, tsdf, weight)
 
 
 @jit
@@ -90,6 +92,7 @@ def _march(
     end: float,
     reach: float,
     least: int,
+    clusters: Int64,
     keys: Int64,
     rows: Int32,
     tsdf: Field,
@@ -98,6 +101,7 @@ def _march(
     ox, oy, oz = origin[0] + 0.5, origin[1] + 0.5, origin[2] + 0.5  # so that floor() gives the nearest voxel
     dx, dy, dz = ray[0], ray[1], ray[2]
     one = 1.0 / np.sqrt(dx * dx + dy * dy + dz * dz)  # depth per voxel of path
+    ix, iy, iz = _reciprocal(dx), _reciprocal(dy), _reciprocal(dz)
     s, before = begin + 1e-3 * one, -1.0
     current = row = -1
     while s < end:
@@ -109,33 +113,37 @@ def _march(
             slot = slot_of(keys, key)
             row = rows[slot] if keys[slot] == key else -1
         if row < 0:
-            leave = min(_leave(px, dx), _leave(py, dy), _leave(pz, dz))
+            far = pack(vx >> 3 >> CLUSTER, vy >> 3 >> CLUSTER, vz >> 3 >> CLUSTER)
+            side = SIDE if clusters[slot_of(clusters, far)] == far else SIDE << CLUSTER
+            leave = min(_leave(px, vx, side, ix), _leave(py, vy, side, iy), _leave(pz, vz, side, iz))
             s, before = s + leave + 1e-3 * one, -1.0
             continue
         at = ((vz & 7) * SIDE + (vy & 7)) * SIDE + (vx & 7)
-        if weight[row, at] < least:
-            s, before = s + one, -1.0
-            continue
         value = tsdf[row, at]
-        if value > 0:
+        if value > 0:  # observed, then; whether often enough is found out at the zero
             before = s
-            s += one * max(1.0, 0.6 * reach * value)
+            s += one * max(1.0, 0.8 * reach * value)
             continue
-        if before >= 0:
+        if before >= 0 and weight[row, at] >= least:
             hit = _solve(origin, ray, before, s, one, least, keys, rows, tsdf, weight)
             if hit > 0:
                 return hit
-        s, before = s + one, -1.0
+        s, before = s + 2 * one, -1.0  # behind a surface or never observed: no crossing before free space is met
     return 0.0
 
 
 @jit
-def _leave(p: float, d: float) -> float:
-    """Depth until coordinate p, in voxels, leaves its block."""
-    if d == 0:
-        return np.inf
-    inside: float = p - SIDE * np.floor(p / SIDE)
-    return (SIDE - inside) / d if d > 0 else -inside / d
+def _reciprocal(d: float) -> float:
+    return 1.0 / d if abs(d) > 1e-30 else 1e30
+
+
+@jit
+def _leave(p: float, voxel: int, side: int, reciprocal: float) -> float:
+    """Depth until coordinate p, in that voxel, leaves its cell of that side (a power of two) along a ray."""
+    low = voxel & ~(side - 1)
+    edge = low + side if reciprocal > 0 else low
+    leave: float = (edge - p) * reciprocal
+    return leave
 
 
 @jit
@@ -169,7 +177,7 @@ def _solve(
     for _ in range(4):
         middle = near + (far - near) * at_near / (at_near - at_far)
         value = _trilinear(origin, ray, middle, least, keys, rows, tsdf, weight)
-        if np.isnan(value):
+        if np.isnan(value) or abs(value) < _CLOSE:
             return middle
         if value > 0:
             near, at_near = middle, value
@@ -187,6 +195,20 @@ def _trilinear(
     ix, iy, iz = int(np.floor(px)), int(np.floor(py)), int(np.floor(pz))
     fx, fy, fz = px - ix, py - iy, pz - iz
     total = 0.0
+    if (ix & 7) < 7 and (iy & 7) < 7 and (iz & 7) < 7:  # mostly, all corners lie in one block
+        key = pack(ix >> 3, iy >> 3, iz >> 3)
+        slot = slot_of(keys, key)
+        if keys[slot] != key or rows[slot] < 0:
+            return np.nan
+        inside, w = rows[slot], weight[rows[slot]]
+        at = ((iz & 7) * SIDE + (iy & 7)) * SIDE + (ix & 7)
+        for corner in range(8):
+            a = at + (corner & 1) + ((corner >> 1) & 1) * SIDE + (corner >> 2) * SIDE * SIDE
+            if w[a] < least:
+                return np.nan
+            share = (fx if corner & 1 else 1 - fx) * (fy if corner & 2 else 1 - fy) * (fz if corner & 4 else 1 - fz)
+            total += share * tsdf[inside, a]
+        return total
     current = row = -1
     for corner in range(8):
         x, y, z = ix + (corner & 1), iy + ((corner >> 1) & 1), iz + (corner >> 2)

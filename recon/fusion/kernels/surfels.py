@@ -219,15 +219,28 @@ def _cube(x: float, y: float, z: float) -> int:
 
 
 @jit
-def survivors(n: int, weight: Float32) -> Int64:
-    """Rows of living surfels, in order."""
-    out = np.empty(n, np.int64)
+def keep_living(
+    n: int,
+    position: Float32,
+    normal: Float32,
+    color: Float32,
+    radius: Float32,
+    weight: Float32,
+    first: Int32,
+    last: Int32,
+    violations: UInt8,
+) -> int:
+    """Move living rows to the front in place, in order; returns their number."""
     count = 0
     for i in range(n):
         if weight[i] > 0:
-            out[count] = i
+            if count < i:
+                for a in range(3):
+                    position[count, a], normal[count, a], color[count, a] = position[i, a], normal[i, a], color[i, a]
+                radius[count], weight[count], first[count] = radius[i], weight[i], first[i]
+                last[count], violations[count] = last[i], violations[i]
             count += 1
-    return out[:count]
+    return count
 
 
 @jit
