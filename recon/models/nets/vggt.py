@@ -83,6 +83,7 @@ def build(
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     state = seeded_state(shapes, seed) if seed is not None else _checkpoint(file, shapes, network.parts)
     network.load_state_dict(state, strict=True, assign=True)
+    del state  # `finish` replaces parameters one by one: no second copy of the weights is kept
     network.requires_grad_(False).eval()
     network.finish(*size)
     return network

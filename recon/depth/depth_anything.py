@@ -1,0 +1,152 @@
+"""Depth Anything V2 as streaming depth: disparity up to scale and shift."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recon.artifact import file_hash
+from recon.depth import Depth
+from recon.errors import ReconError
+from recon.geometry.preprocess import example_images
+from recon.geometry.views import DepthImage, View
+from recon.network import Network, TensorSpec
+from recon.weights import Weights, download, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from recon.engines import Session
+
+log = logging.getLogger(__name__)
+
+PATCH = 14
+OWN_SIZE = 518
+PARAMETERS = {"small": 24.8e6, "base": 97.5e6, "large": 335.3e6, "twin": 0.1e6}
+WIDTHS = {"small": 64, "base": 128, "large": 256, "twin": 16}  # channels of the widest full-size map
+
+
+@dataclass
+class DepthAnything(Depth):
+    """Depth Anything V2 (Yang et al., NeurIPS 2024), relative models, through `transformers`."""
+
+    weights: str = "depth-anything/Depth-Anything-V2-Small-hf"
+    """Hugging Face id, a folder with config.json and model.safetensors, or seeded:N (deterministic, untrained)."""
+    revision: str = "main"
+    """Branch, tag or commit of a Hugging Face id."""
+    architecture: str = "small"
+    """Sizes of the network with seeded weights: small | base | large | twin. A checkpoint brings its own."""
+    image_size: list[int] = field(default_factory=list)
+    """Width and height of the camera's images, to give the network's fixed input their shape, as the model's own
+    processor does; empty: a square input of side input_size, to which images are stretched."""
+
+    def check(self) -> None:
+        super().check()
+        if self.input_size < 0 or self.input_size % PATCH:
+            nearest = max(PATCH, round(self.input_size / PATCH) * PATCH)
+            raise ReconError(
+                f"depth.input_size={self.input_size}: must be a multiple of {PATCH}, or 0 for the model's own",
+                f"depth.input_size={nearest} is the nearest",
+            )
+        if self.architecture not in PARAMETERS:
+            raise ReconError(
+                f"depth.architecture={self.architecture}: no such sizes", f"choose one of {', '.join(PARAMETERS)}"
+            )
+        if self.image_size and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ReconError(
+                f"depth.image_size={self.image_size}: must be width and height in pixels", "e.g. [640,480], or []"
+            )
+        _require_folder(self.weights, resolve(self.weights, self.revision))
+
+    def network(self) -> Network:
+        """The network for one image: pixel_values [1,3,H,W] FP32, normalised -> disparity [1,H,W]."""
+        self.check()
+        weights, size = resolve(self.weights, self.revision), self.size()
+        shape = (1, 3, *size)
+        return Network(
+            name=f"{self.name}-{'x'.join(map(str, shape))}",
+            inputs={"pixel_values": TensorSpec(shape)},
+            outputs=("disparity",),
+            weights_key=_weights_key(weights, self.architecture),
+            load=partial(_load, weights, self.architecture, size),
+            example=partial(_example, size),
+            settings={"weights": self.weights, "revision": self.revision},
+            licence=self.licence,
+            memory_mib=4 * (PARAMETERS[self.architecture] + 4 * WIDTHS[self.architecture] * size[0] * size[1]) / 2**20,
+        )
+
+    def predict(self, view: View, session: Session | None) -> DepthImage:
+        """[H,W] float32 disparity at the image's own size: larger is nearer, up to an unknown scale and shift."""
+        import torch
+
+        from recon.depth.nets.depth_anything import preprocess, restore
+
+        assert session is not None, "Depth Anything has a network"
+        _, _, height, width = session.inputs["pixel_values"].shape
+        _tell_of_stretching(view.size, (width, height))
+        image = torch.from_numpy(np.ascontiguousarray(view.image)).permute(2, 0, 1)[None]
+        disparity = session.infer({"pixel_values": preprocess(image, (height, width))})["disparity"]
+        found: DepthImage = restore(disparity.cpu(), view.size[::-1])[0].numpy()
+        return found
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        side = self.input_size or OWN_SIZE
+        return keep_aspect(self.image_size[0], self.image_size[1], side) if self.image_size else (side, side)
+
+
+def keep_aspect(width: int, height: int, side: int) -> tuple[int, int]:
+    """(height, width) of the input for an image, as the model's own processor chooses it.
+
+    The side whose factor to `side` is nearer to 1 becomes `side`, the other follows, both rounded to the patch.
+    """
+    down, across = side / height, side / width
+    factor = across if abs(1 - across) < abs(1 - down) else down
+    return max(PATCH, round(factor * height / PATCH) * PATCH), max(PATCH, round(factor * width / PATCH) * PATCH)
+
+
+def _require_folder(reference: str, weights: Weights) -> None:
+    if weights.file is not None and not (weights.file.parent / "config.json").is_file():
+        raise ReconError(
+            f"depth.weights={reference}: no config.json beside {weights.file.name}",
+            "give a folder as Hugging Face publishes it, with config.json and model.safetensors",
+        )
+
+
+def _weights_key(weights: Weights, architecture: str) -> str:
+    key = weights.key(architecture)
+    return key if weights.file is None else f"{key}+{file_hash(weights.file.parent / 'config.json')[:16]}"
+
+
+def _load(weights: Weights, architecture: str, size: tuple[int, int]) -> torch.nn.Module:
+    from recon.depth.nets.depth_anything import build
+
+    folder: Path | None = weights.file.parent if weights.file is not None else None
+    if weights.hub is not None:
+        download(*weights.hub, "config.json")
+        folder = download(*weights.hub, "model.safetensors").parent
+    return build(size, seed=weights.seed, architecture=architecture, folder=folder)
+
+
+def _example(size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    import torch
+
+    from recon.depth.nets.depth_anything import preprocess
+
+    image = torch.from_numpy(example_images(1, (size[1], size[0]), seed)).permute(0, 3, 1, 2)
+    return {"pixel_values": preprocess(image, size).contiguous()}
+
+
+@lru_cache  # once per size, not per frame
+def _tell_of_stretching(image: tuple[int, int], network: tuple[int, int]) -> None:
+    change = (network[0] / network[1]) / (image[0] / image[1])
+    if not 0.95 < change < 1.05:
+        log.warning(
+            "images of %dx%d are stretched to the network's %dx%d; depth.image_size=[%d,%d] keeps their shape",
+            *image, *network, *image,
+        )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Depth Anything V2 (Yang et al., NeurIPS 2024) from `transformers`, made static, with its image processing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+from transformers.utils import logging as transformers_logging
+
+from recon.errors import ReconError
+from recon.weights import seeded_state
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "small": {"width": 384, "layers": 12, "heads": 6, "taps": [3, 6, 9, 12], "neck": [48, 96, 192, 384], "fusion": 64},
+    "base": {"width": 768, "layers": 12, "heads": 12, "taps": [3, 6, 9, 12], "neck": [96, 192, 384, 768], "fusion": 128},
+    "large": {
+        "width": 1024, "layers": 24, "heads": 16, "taps": [5, 12, 18, 24], "neck": [256, 512, 1024, 1024], "fusion": 256,
+    },
+    "twin": {"width": 32, "layers": 4, "heads": 2, "taps": [1, 2, 3, 4], "neck": [16, 24, 32, 32], "fusion": 16},
+}  # fmt: skip
+
+
+class DisparityNet(nn.Module):
+    """The network at one image size, in a form that exports cleanly.
+
+    The position table is resized once, here, instead of in every inference. The backbone's blocks are called directly:
+    its own `forward` passes an attention mask of ones while it is traced, which ends up in the graph (IsNaN and Where
+    at every softmax) and keeps engines from fusing attention.
+    """
+
+    def __init__(self, model: DepthAnythingForDepthEstimation, height: int, width: int) -> None:
+        super().__init__()
+        self.model = model
+        self.grid = (height // model.config.patch_size, width // model.config.patch_size)
+        embeddings = model.backbone.embeddings
+        tokens = torch.empty(1, 1 + self.grid[0] * self.grid[1], embeddings.cls_token.shape[-1])
+        with torch.no_grad():
+            table = embeddings.interpolate_pos_encoding(tokens, height, width).detach().clone()
+        embeddings.register_buffer("static_positions", table, persistent=False)
+        embeddings.interpolate_pos_encoding = lambda *_: embeddings.static_positions
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
+        """pixel_values [N,3,H,W] FP32, normalised -> (disparity [N,H,W] FP32 >= 0, up to scale and shift,)."""
+        backbone = self.model.backbone
+        x = backbone.embeddings(pixel_values)
+        taps = []
+        for index, block in enumerate(backbone.encoder.layer, 1):
+            x = block(x)
+            if index in backbone.out_indices:
+                taps.append(backbone.layernorm(x))
+        return (self.model.head(self.model.neck(taps, *self.grid), *self.grid),)
+
+
+def build(size: tuple[int, int], *, seed: int | None, architecture: str, folder: Path | None) -> DisparityNet:
+    """The network for images of `size` (height, width): from a folder with config.json and weights, or seeded.
+
+    Raises:
+        ReconError: the folder holds no such network, weights are missing or left over, or it predicts metric depth.
+    """
+    model = _from_folder(folder) if folder is not None else _seeded(architecture, seed or 0)
+    return DisparityNet(model.requires_grad_(False).eval(), *size).eval()
+
+
+def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N,3,h,w] uint8 RGB -> [N,3,H,W] FP32, normalised: the network's own image processing at a stated `size` (H, W).
+
+    Bicubic with antialiasing to whole grey values, as the processor of the checkpoints does, then ImageNet's mean and
+    standard deviation. On the CPU the resize is torch's uint8 kernel, which is what that processor runs; elsewhere the
+    same in FP32, rounded.
+    """
+    native = images if images.device.type == "cpu" else images.float()
+    resized = F.interpolate(native, size, mode="bicubic", antialias=True, align_corners=False)
+    if resized.is_floating_point():
+        resized = resized.round().clamp(0, 255)
+    mean, std = (
+        torch.tensor(values, device=images.device).reshape(1, 3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD)
+    )
+    return (resized.float() - mean) / std
+
+
+def restore(disparity: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N,H,W] -> [N,*size] FP32 at the image's own size (height, width).
+
+    Bicubic, align_corners=False, as `DPTImageProcessor.post_process_depth_estimation`; at strong edges it may overshoot
+    the range of the prediction, below 0 included.
+    """
+    return F.interpolate(disparity.float()[:, None], size, mode="bicubic", align_corners=False)[:, 0]
+
+
+def _seeded(architecture: str, seed: int) -> DepthAnythingForDepthEstimation:
+    sizes = ARCHITECTURES[architecture]
+    backbone = Dinov2Config(
+        hidden_size=sizes["width"], num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"],
+        image_size=112 if architecture == "twin" else 518, patch_size=14, reshape_hidden_states=False,
+        out_indices=sizes["taps"], apply_layernorm=True,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=sizes["width"], neck_hidden_sizes=sizes["neck"],
+        fusion_hidden_size=sizes["fusion"],
+    )  # fmt: skip
+    model = DepthAnythingForDepthEstimation(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(seeded_state(shapes, seed), strict=True)
+    model.head.conv3.bias.data += 1  # the last ReLU would cut half of an untrained output to 0
+    return model
+
+
+def _from_folder(folder: Path) -> DepthAnythingForDepthEstimation:
+    try:
+        with _quiet():
+            model, info = DepthAnythingForDepthEstimation.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:  # transformers raises many unrelated types for a bad folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReconError(
+            f"{folder}: cannot be loaded as Depth Anything: {reason}",
+            "give a folder with config.json and model.safetensors as Hugging Face publishes them (names end in -hf)",
+        ) from error
+    if problems := {kind: sorted(map(str, names))[:4] for kind, names in info.items() if names}:
+        raise ReconError(f"{folder}: the weights do not fit the network: {problems}", "fetch the folder again")
+    if model.config.depth_estimation_type != "relative":
+        raise ReconError(
+            f"{folder}: predicts {model.config.depth_estimation_type} depth, and this option is for disparity",
+            "choose a Depth Anything V2 model without Metric in its name",
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and warnings: what they would warn of is an error here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
