@@ -3,7 +3,8 @@
     python benchmarks/fusion.py --data DIR --out FILE.json [--rounds 3]
 
 DIR holds RGB-D frames of eight cameras (images/, depth/, intrinsics.npz, poses.npz, reference_points.npz and the
-baseline_*.json of Open3D itself). Every time sample is kept in the JSON; ratios are of medians over rounds.
+baseline_*.json of Open3D itself). Every time sample is kept in the JSON; CPU ratios are of medians over rounds, wall
+ratios of minima.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def speed(frames: list[Frame], voxel: float, rounds: int, rows: list[Row]) -> di
             samples[name]["wall_ms"].append((time.perf_counter() - wall) * 1000 / len(frames))
 
     def ratio(a: str, b: str, clock: str) -> float:
-        return float(np.median(samples[a][clock]) / np.median(samples[b][clock]))
+        best = min if clock == "wall_ms" else np.median  # other programs stretch wall time, never shorten it
+        return float(best(samples[a][clock]) / best(samples[b][clock]))
 
     same, eight, sixteen = "tsdf same blocks", "open3d blocks 8 uint16", "open3d blocks 16 float32"
     slowest = {0.02: 1.7, 0.01: 1.0}[voxel]
@@ -172,29 +174,37 @@ def planes(voxel: float, rows: list[Row]) -> dict[str, Any]:
 
 
 def ghost(frames: list[Frame], rows: list[Row], voxel: float = 0.02) -> dict[str, Any]:
-    """T6 and S3: a 40 cm cube stands in one camera's frames for 50 of them and is gone for the next 50."""
-    steps = [f[1] for f in frames if f[1].camera == "cam4"]
-    order = [steps[i % len(steps)] for i in range(100)]
-    centre = cube_centre(steps)
+    """T6 and S3: a 40 cm cube stands in a camera's frames for 50 of them and is gone for the next 50; eight cameras.
+
+    Counted are points within 3 cm of its surface beyond those that are there without a cube.
+    """
     out: dict[str, Any] = {}
-    for name, option, limit in (
-        ("tsdf, cap 20", Tsdf(voxel=voxel, max_depth=FAR), 0.5),
-        ("tsdf, cap 8", Tsdf(voxel=voxel, max_depth=FAR, weight_cap=8), 0.3),
-        ("tsdf, no carving", Tsdf(voxel=voxel, max_depth=FAR, weight_cap=60000, carve=False), None),
-        ("surfel", Surfel(voxel=voxel, max_depth=FAR), 0.2),
+    for name, option, limits in (
+        ("T6 tsdf, cap 20", Tsdf(voxel=voxel, max_depth=FAR), {50: 0.5}),
+        ("T6 tsdf, cap 8", Tsdf(voxel=voxel, max_depth=FAR, weight_cap=8), {50: 0.3}),
+        ("no carving", Tsdf(voxel=voxel, max_depth=FAR, weight_cap=60000, carve=False), {}),
+        ("S3 surfel", Surfel(voxel=voxel, max_depth=FAR), {10: 0.2, 20: 0.12}),
     ):
-        fused, counts = option.create(), {}
-        for i, view in enumerate(order):
-            fused.integrate(with_cube(view, centre) if i < 50 else view, i)
-            if i in (49, 59, 69, 99):
-                offset = np.abs(fused.points().points - centre)
-                counts[i - 49] = int(np.sum(np.abs(offset.max(1) - 0.2) < 0.03))
-        before = counts.pop(0)
-        out[name] = {"points_on_cube": before, "left_after": {k: v / before for k, v in counts.items()}}
-        if limit is not None:
-            figure, after = ("S3", 10) if name == "surfel" else ("T6", 50)
-            rows.append((f"{figure} {name}: left {after} frames after", counts[after] / before, "<=", limit))
+        counts = {0: 0, 10: 0, 20: 0, 50: 0}
+        for camera in (f"cam{i}" for i in range(CAMERAS)):
+            plain = [f[1] for f in frames if f[1].camera == camera]
+            centre = cube_centre(plain)
+            crowded = [with_cube(view, centre) for view in plain]
+            fused, empty = option.create(), option.create()
+            for i in range(100):
+                fused.integrate((crowded if i < 50 else plain)[i % STEPS], i)
+                empty.integrate(plain[i % STEPS], i)
+                if i - 49 in counts:
+                    counts[i - 49] += near_cube(fused, centre) - near_cube(empty, centre)
+        out[name] = {"points_on_cube": counts[0], "left_after": {k: v / counts[0] for k, v in counts.items() if k}}
+        for after, limit in limits.items():
+            rows.append((f"{name}: left {after} frames after", counts[after] / counts[0], "<=", limit))
     return out
+
+
+def near_cube(fused: Map, centre: NDArray[np.float64]) -> int:
+    offset = np.abs(fused.points().points - centre).max(1)
+    return int(np.sum(np.abs(offset - 0.2) < 0.03))
 
 
 def raw_grid(frames: list[Frame], voxel: float, side: int, capacity: int) -> Any:

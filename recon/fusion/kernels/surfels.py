@@ -18,6 +18,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 
+_DRAWN = 0.67  # share of its side at which a surfel is drawn: whole squares hang over silhouettes
 _FACING = 0.5  # cosine of 60 degrees: normals further apart are different surfaces
 
 
@@ -273,7 +274,8 @@ def splat(
             x = R[0, 0] * px + R[0, 1] * py + R[0, 2] * pz + t[0]
             y = R[1, 0] * px + R[1, 1] * py + R[1, 2] * pz + t[1]
             u, v = camera[0] * x / z + camera[2], camera[1] * y / z + camera[3]
-            ru, rv = max(radius[i] * camera[0] / z, 0.5), max(radius[i] * camera[1] / z, 0.5)
+            side = _DRAWN * radius[i] / z
+            ru, rv = max(side * camera[0], 0.5), max(side * camera[1], 0.5)
             if u + ru < 0 or v + rv < 0 or u - ru > width - 1 or v - rv > height - 1:
                 continue
             sx, sy, sz = normal[i, 0], normal[i, 1], normal[i, 2]
