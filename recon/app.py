@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recon.artifact import write_atomic
 from recon.config import CONF, Config, register, to_config
 from recon.errors import ReconError, Refused
+from recon.sources.webcams import quote_devices
 
 log = logging.getLogger(__name__)
 register()
@@ -29,6 +30,7 @@ def main() -> None:
     """Entry of `python -m recon` and `recon`. Exit code 0 when everything ran, 1 when something did not."""
     verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach this function instead of ending the process inside Hydra
+    sys.argv[1:] = [quote_devices(argument) for argument in sys.argv[1:]]
     try:
         _hydra()
     except (ReconError, HydraException, OmegaConfBaseException, OSError) as error:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from recon.config import CONF, GROUPS, SWEEPS, Config, check, option, options, register, to_config
 from recon.errors import ReconError, Refused
+from recon.sources.webcams import quote_devices
 
 ROOT = Path(__file__).parent.parent
 ALL_OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -88,7 +89,11 @@ def test_every_sweep_composes_and_every_axis_value_too(path: Path) -> None:
 
 @pytest.mark.parametrize("command", DESIGN_COMMANDS)
 def test_every_command_of_the_design_composes(command: str) -> None:
-    assert isinstance(composed(*command.split()), Config)
+    assert isinstance(composed(*map(quote_devices, command.split())), Config)
+
+
+def test_named_devices_arrive_as_typed() -> None:
+    assert composed(*map(quote_devices, ["source=webcams", "source.devices=[front=0,left=1]"])).source.settings()["devices"] == ["front=0", "left=1"]
 
 
 def test_sweep_axes_parse_word_for_word() -> None:
@@ -138,7 +143,7 @@ def test_unknown_plus_keys_are_refused_with_the_nearest(override: str, near: str
 def test_what_is_not_built_yet_is_refused_with_one_sentence(command: str) -> None:
     with pytest.raises(Refused) as caught:
         composed(*command.split(), check_it=True)
-    assert re.search(r"not built|not supported", caught.value.problem), caught.value.problem
+    assert re.search(r"not built|not part of this version", caught.value.problem), caught.value.problem
     assert caught.value.remedy
     assert "\n" not in caught.value.problem
 

@@ -71,7 +71,7 @@ class Engine(Component):
     """How a network runs. `builds` tells whether there is a file between ONNX and running."""
 
     builds: ClassVar[bool] = True
-    suffix: ClassVar[str] = ".engine"
+    suffix: ClassVar[str] = ".engine"  # after the precision; engines that may lie side by side differ in it
 
     @abstractmethod
     def build(self, onnx: Path, out: Path) -> dict[str, Any]:

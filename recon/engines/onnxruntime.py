@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.engines import Engine, Session
 from recon.errors import ReconError, Refused
@@ -36,6 +36,8 @@ TYPES = {  # ONNX Runtime's name -> (torch dtype, onnx.TensorProto number)
 @dataclass
 class OnnxRuntime(Engine):
     """ONNX Runtime. A file built at level `all` holds layouts chosen for this CPU, so the CPU is part of its key."""
+
+    suffix: ClassVar[str] = ".onnxruntime.engine"
 
     provider: str = "cpu"
     """cpu, cuda or tensorrt. One that the installed onnxruntime lacks is refused; there is no fallback."""
