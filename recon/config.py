@@ -60,14 +60,14 @@ class Evaluate:
 
     reference: str | None = None
     """NPZ with a reference surface: points_mm [N,3] int16 (or points [N,3] in map units), normals, optional `seen`."""
-    threshold: float = 0.02
+    threshold: float = 0.05
     """Distance for precision, recall and F-score; map units."""
     max_points: int = 200_000
     """Map points judged at most; more are thinned with a fixed seed."""
 
     def check(self) -> None:
         if not self.threshold > 0:
-            raise ReconError(f"evaluate.threshold={self.threshold}: must be positive", "0.02 is 2 cm in a metric map")
+            raise ReconError(f"evaluate.threshold={self.threshold}: must be positive", "0.05 is 5 cm in a metric map")
         if self.reference is not None and not Path(self.reference).is_file():
             raise ReconError(
                 f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz"

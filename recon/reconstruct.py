@@ -125,10 +125,8 @@ def reconstruct_scene(
 ) -> Reconstruction:
     """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder."""
     artifact, bootstrap = found
-    fused = config.fusion.create()
     start = time.perf_counter()
-    for view in bootstrap.views:
-        fused.integrate(view, 0)
+    fused, anchor = (_bootstrap_map(config, bootstrap) for _ in range(2))
     result = Reconstruction(
         bootstrap.scale,
         config.depth.type,
@@ -141,12 +139,19 @@ def reconstruct_scene(
     result.seconds["bootstrap_fuse"] = time.perf_counter() - start
     _write_points(result, folder / "bootstrap_map.ply")
     start = time.perf_counter()
-    streamer = Streamer(config.source, config.depth, session, bootstrap, fused, config.align)
+    streamer = Streamer(config.source, config.depth, session, bootstrap, fused, anchor, config.align)
     _stream(config, streamer, result, folder)
     result.seconds["stream"] = time.perf_counter() - start
     with busy("Writing the map"):
         _write_outputs(config, streamer, result, folder)
     return result
+
+
+def _bootstrap_map(config: Config, bootstrap: Bootstrap) -> Map:
+    found = config.fusion.create()
+    for view in bootstrap.views:
+        found.integrate(view, 0)
+    return found
 
 
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:

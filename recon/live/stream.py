@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
-from recon.geometry.cameras import scale_intrinsics
 from recon.geometry.views import Array, Bootstrap, DepthImage, PosedDepth, View
 from recon.live.align import Align, AlignResult, CameraAligner
+from recon.live.reference import Reference
 
 if TYPE_CHECKING:
     from recon.depth import Depth
@@ -23,17 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrameResult:
-    """One frame of one camera after the stream dealt with it. depth: [H,W] aligned, 0 = none; None when rejected."""
+    """One frame of one camera after the stream dealt with it.
+
+    depth: [H,W] aligned, 0 = none; None when rejected. anchored: share of the reference that is the bootstrap's.
+    """
 
     view: View
     align: AlignResult
     depth: DepthImage | None
+    anchored: float
     ms: dict[str, float]
 
     def row(self) -> dict[str, Any]:
         """The frame as it stands in metrics.json."""
         ms = {f"ms_{part}": round(value, 3) for part, value in self.ms.items()}
-        return {"camera": self.view.camera, "frame": self.view.frame, **self.align.row(), **ms}
+        who = {"camera": self.view.camera, "frame": self.view.frame}
+        return {**who, **self.align.row(), "anchored": self.anchored, **ms}
 
 
 @dataclass
@@ -45,10 +50,12 @@ class Streamer:
     session: Session | None
     bootstrap: Bootstrap
     fused: Map
+    anchor: Map
     align: Align
     aligners: dict[str, CameraAligner] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reference = Reference(self.anchor, self.fused, self.align.render_width)
         metric = self.bootstrap.scale.unit == "m"
         self.aligners = {
             camera: self.align.aligner(camera, self.depth.type, metric) for camera in self.source.cameras()
@@ -72,9 +79,7 @@ class Streamer:
     def _align_and_fuse(self, view: View, prediction: DepthImage, depth_ms: float, step: int) -> FrameResult:
         K, pose = self._camera(view)
         clock = [time.perf_counter()]
-        width, height = view.size
-        small = (self.align.render_width, max(1, round(height * self.align.render_width / width)))
-        rendered = self.fused.render_depth(scale_intrinsics(K, (width, height), small), pose, *small)
+        rendered, anchored = self.reference.render(view.camera, K, pose, view.size)
         clock.append(time.perf_counter())
         aligner = self.aligners[view.camera]
         result = aligner.update(prediction, rendered, view.frame)
@@ -84,7 +89,8 @@ class Streamer:
             self.fused.integrate(PosedDepth(view.camera, view.image, depth, K, pose), step)
         clock.append(time.perf_counter())
         render, align, fuse = ((after - before) * 1e3 for before, after in pairwise(clock))
-        return FrameResult(view, result, depth, {"depth": depth_ms, "render": render, "align": align, "fuse": fuse})
+        ms = {"depth": depth_ms, "render": render, "align": align, "fuse": fuse}
+        return FrameResult(view, result, depth, anchored, ms)
 
     def _camera(self, view: View) -> tuple[Array, Array]:
         """Intrinsics and pose of a frame: the source's own where the map is in its frame, else the bootstrap's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from recon.errors import ReconError
 from recon.geometry.views import Bootstrap, PosedDepth, Scale, View
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class Recorded(Model):
     """Depth, intrinsics and poses of the source, as they are: for tests of alignment and fusion with a known answer."""
+
+    has_network: ClassVar[bool] = False
 
     def bootstrap(self, views: list[View], scale: Scale, session: Session | None) -> Bootstrap:
         """Raises ReconError where a view lacks depth, intrinsics or a pose, or has no measured pixel at all."""
