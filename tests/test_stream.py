@@ -40,11 +40,11 @@ def bias(frame: FrameResult) -> float:
 
 @pytest.mark.parametrize("fusion", ["tsdf", "surfel"])
 def test_the_scale_does_not_drift(fusion: str) -> None:
-    """Aligned to the live map instead, the last frames of this stream are 1.4 % (tsdf) and 14 % (surfel) off."""
+    """Aligned to the live map instead, the last frames of this stream are 0.6 % (tsdf) and 11 % (surfel) off."""
     results, _ = streamed(fusion, 10)
     last = [bias(frame) for frame in results[-8:] if frame.depth is not None]
     assert len(last) == 8
-    assert abs(np.mean(last)) < 0.008
+    assert abs(np.mean(last)) < 0.005
 
 
 def test_exact_disparity_gives_exact_depth() -> None:

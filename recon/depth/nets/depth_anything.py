@@ -72,17 +72,12 @@ def build(size: tuple[int, int], *, seed: int | None, architecture: str, folder:
 def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
     """[N,3,h,w] uint8 RGB -> [N,3,H,W] FP32, normalised: the network's own image processing at a stated `size` (H, W).
 
-    Bicubic with antialiasing to whole grey values, as the processor of the checkpoints does, then ImageNet's mean and
-    standard deviation. On the CPU the resize is torch's uint8 kernel, which is what that processor runs; elsewhere the
-    same in FP32, rounded.
+    Bicubic with antialiasing to whole grey values, then ImageNet's mean and standard deviation. The resize is torch's
+    uint8 kernel, which is what the processor runs on its torchvision backend (equal to the last bit); its Pillow backend
+    differs by one or two grey levels in less than one value of a hundred. On the CPU only.
     """
-    native = images if images.device.type == "cpu" else images.float()
-    resized = F.interpolate(native, size, mode="bicubic", antialias=True, align_corners=False)
-    if resized.is_floating_point():
-        resized = resized.round().clamp(0, 255)
-    mean, std = (
-        torch.tensor(values, device=images.device).reshape(1, 3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD)
-    )
+    resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD))
     return (resized.float() - mean) / std
 
 
@@ -95,18 +90,22 @@ def restore(disparity: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(disparity.float()[:, None], size, mode="bicubic", align_corners=False)[:, 0]
 
 
-def _seeded(architecture: str, seed: int) -> DepthAnythingForDepthEstimation:
+def configuration(architecture: str) -> DepthAnythingConfig:
+    """The configuration of a published model, or of the miniature."""
     sizes = ARCHITECTURES[architecture]
     backbone = Dinov2Config(
         hidden_size=sizes["width"], num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"],
         image_size=112 if architecture == "twin" else 518, patch_size=14, reshape_hidden_states=False,
         out_indices=sizes["taps"], apply_layernorm=True,
     )  # fmt: skip
-    config = DepthAnythingConfig(
+    return DepthAnythingConfig(
         backbone_config=backbone, reassemble_hidden_size=sizes["width"], neck_hidden_sizes=sizes["neck"],
         fusion_hidden_size=sizes["fusion"],
     )  # fmt: skip
-    model = DepthAnythingForDepthEstimation(config)
+
+
+def _seeded(architecture: str, seed: int) -> DepthAnythingForDepthEstimation:
+    model = DepthAnythingForDepthEstimation(configuration(architecture))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(seeded_state(shapes, seed), strict=True)
     model.head.conv3.bias.data += 1  # the last ReLU would cut half of an untrained output to 0
