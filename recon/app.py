@@ -23,6 +23,9 @@ from recon.errors import ReconError, Refused
 from recon.sources.webcams import quote_devices
 
 log = logging.getLogger(__name__)
+# Read by libgomp when torch is first imported. Threads that wait busily make small tensor work up to ten times slower
+# as soon as anything else uses the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 register()
 
 

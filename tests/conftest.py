@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as recon.app does, before any test imports torch
+
 
 def _folder(variable: str) -> Path:
     value = os.environ.get(variable, "")

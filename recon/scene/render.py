@@ -176,8 +176,8 @@ def _normals(solids: Solids, index: Tensor, point: Tensor, direction: Tensor) ->
     axis = local.new_tensor([0.0, 0.0, 1.0]) * local
     shape = torch.where(index < boxes, int(Shape.BOX), torch.where(index < boxes + spheres, int(Shape.SPHERE), 2))
     normal = torch.where(cap[..., None], axis, radial)
-    normal = torch.where((shape == Shape.SPHERE)[..., None], local, normal)
-    normal = torch.where((shape == Shape.BOX)[..., None], face, normal)
+    normal = torch.where((shape == int(Shape.SPHERE))[..., None], local, normal)
+    normal = torch.where((shape == int(Shape.BOX))[..., None], face, normal)
     normal = torch.nn.functional.normalize((normal[..., None, :] * rotation).sum(-1), dim=-1)
     return local, torch.where((normal * direction).sum(-1, keepdim=True) > 0, -normal, normal)
 

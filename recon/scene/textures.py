@@ -55,9 +55,9 @@ def albedo(hits: Hits) -> Tensor:
     }
     mix = torch.zeros_like(x)
     for kind, pattern in patterns.items():
-        mix = torch.where(hits.texture == kind, pattern, mix)
+        mix = torch.where(hits.texture == int(kind), pattern, mix)
     color = torch.lerp(hits.first, hits.second, mix.clamp(0, 1)[..., None])
-    color = torch.where((hits.texture == Texture.PAINTING)[..., None], _painting(x, y, z, hits, width), color)
+    color = torch.where((hits.texture == int(Texture.PAINTING))[..., None], _painting(x, y, z, hits, width), color)
     return color * (1 + hits.detail * _grain(hits))[..., None].clamp_min(0)
 
 
