@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from recon.engines import Session
 
 log = logging.getLogger(__name__)
+_telling, _told = Lock(), set[tuple[tuple[int, int], tuple[int, int]]]()
 
 PATCH = 14
 OWN_SIZE = 518
@@ -142,8 +144,12 @@ def _example(size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": preprocess(image, size).contiguous()}
 
 
-@lru_cache  # once per size, not per frame
 def _tell_of_stretching(image: tuple[int, int], network: tuple[int, int]) -> None:
+    """Once per pair of sizes, not per frame or worker."""
+    with _telling:
+        if (image, network) in _told:
+            return
+        _told.add((image, network))
     change = (network[0] / network[1]) / (image[0] / image[1])
     if not 0.95 < change < 1.05:
         log.warning(

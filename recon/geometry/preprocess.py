@@ -116,4 +116,5 @@ def example_images(count: int, size: tuple[int, int], seed: int) -> NDArray[np.u
     shift = 0.03 * np.arange(count)[:, None, None, None]
     waves = 0.5 + 0.4 * np.sin(2 * np.pi * (cycles[0] * (x + shift) + cycles[1] * y) + phase)
     waves += stream.normal(0, 0.02, waves.shape)
-    return np.clip(np.rint(255 * waves), 0, 255).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.clip(np.rint(255 * waves), 0, 255).astype(np.uint8)
+    return grey

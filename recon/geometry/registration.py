@@ -55,7 +55,9 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
     notes |= {"pose_centre_residual_share": centres, "pose_rotation_residual_deg": degrees}
     if centres > MAX_CENTRE_RESIDUAL:
         limit = f"{MAX_CENTRE_RESIDUAL:.0%}"
-        return _rejected(K, T_world_cam, notes, f"predicted camera centres miss by {centres:.1%} of the rig, over {limit}")
+        return _rejected(
+            K, T_world_cam, notes, f"predicted camera centres miss by {centres:.1%} of the rig, over {limit}"
+        )
     if degrees > MAX_ROTATION_RESIDUAL_DEG:
         limit = f"{MAX_ROTATION_RESIDUAL_DEG:g} degrees"
         return _rejected(K, T_world_cam, notes, f"predicted rotations miss by {degrees:.1f} degrees, over {limit}")
@@ -74,7 +76,5 @@ def _rejected(K: Array, T_world_cam: Array, notes: dict[str, float | str], reaso
 
 def _focal_notes(views: list[View], placements: list[Placement], K: Array) -> dict[str, float | str]:
     """Median of predicted over given focal length: far from 1, depth at the image border is off sideways."""
-    ratios = [
-        K[i, 0, 0] / placements[i].to_network(view.K)[0, 0] for i, view in enumerate(views) if view.K is not None
-    ]
+    ratios = [K[i, 0, 0] / placements[i].to_network(view.K)[0, 0] for i, view in enumerate(views) if view.K is not None]
     return {"focal_predicted_over_given": float(np.median(ratios))} if ratios else {}

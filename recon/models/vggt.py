@@ -13,10 +13,10 @@ from recon.errors import ReconError
 from recon.geometry.cameras import invert
 from recon.geometry.pose_encoding import decode_pose
 from recon.geometry.preprocess import MODES, Placement, example_images, fit, place
-from recon.geometry.views import Array, Bootstrap, DepthImage, PosedDepth, Scale, View
+from recon.geometry.registration import register
+from recon.geometry.views import Bootstrap, DepthImage, PosedDepth, Scale, View
 from recon.models import Model
 from recon.models.nets.config import OUTPUTS, PRESETS, Part, VGGTConfig
-from recon.geometry.registration import register
 from recon.network import Network, TensorSpec
 from recon.weights import Weights, download, resolve
 
@@ -65,7 +65,7 @@ class VGGT(Model):
         resolve(self.weights, self.revision)
 
     def network(self, views: int) -> Network:
-        """The network for `views` images [S,3,H,W], RGB in 0..1. Outputs as in `recon.models.nets.vggt.VGGT.forward`."""
+        """The network for `views` images [S,3,H,W], RGB in 0..1; outputs as `recon.models.nets.vggt.VGGT.forward`."""
         self.check()
         weights, config, parts = resolve(self.weights, self.revision), self._config, self._parts
         shape = (views, 3, self.height, self.width)

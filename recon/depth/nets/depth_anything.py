@@ -20,9 +20,11 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "small": {"width": 384, "layers": 12, "heads": 6, "taps": [3, 6, 9, 12], "neck": [48, 96, 192, 384], "fusion": 64},
-    "base": {"width": 768, "layers": 12, "heads": 12, "taps": [3, 6, 9, 12], "neck": [96, 192, 384, 768], "fusion": 128},
+    "base": {
+        "width": 768, "layers": 12, "heads": 12, "taps": [3, 6, 9, 12], "neck": [96, 192, 384, 768], "fusion": 128
+    },
     "large": {
-        "width": 1024, "layers": 24, "heads": 16, "taps": [5, 12, 18, 24], "neck": [256, 512, 1024, 1024], "fusion": 256,
+        "width": 1024, "layers": 24, "heads": 16, "taps": [5, 12, 18, 24], "neck": [256, 512, 1024, 1024], "fusion": 256
     },
     "twin": {"width": 32, "layers": 4, "heads": 2, "taps": [1, 2, 3, 4], "neck": [16, 24, 32, 32], "fusion": 16},
 }  # fmt: skip
@@ -73,8 +75,8 @@ def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
     """[N,3,h,w] uint8 RGB -> [N,3,H,W] FP32, normalised: the network's own image processing at a stated `size` (H, W).
 
     Bicubic with antialiasing to whole grey values, then ImageNet's mean and standard deviation. The resize is torch's
-    uint8 kernel, which is what the processor runs on its torchvision backend (equal to the last bit); its Pillow backend
-    differs by one or two grey levels in less than one value of a hundred. On the CPU only.
+    uint8 kernel, which is what the processor runs on its torchvision backend (equal to the last bit); its Pillow
+    backend differs by one or two grey levels in less than one value of a hundred. On the CPU only.
     """
     resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
     mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD))

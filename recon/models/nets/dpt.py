@@ -53,8 +53,9 @@ class Scratch(nn.Module):
         super().__init__()
         width = config.dpt_width
         for level, channels in enumerate(config.dpt_channels, 1):
-            setattr(self, f"layer{level}_rn", nn.Conv2d(channels, width, 3, padding=1, bias=False))
-            setattr(self, f"refinenet{level}", Fusion(width, with_skip=level < 4))
+            self.add_module(f"layer{level}_rn", nn.Conv2d(channels, width, 3, padding=1, bias=False))
+        self.refinenet1, self.refinenet2, self.refinenet3 = (Fusion(width, with_skip=True) for _ in range(3))
+        self.refinenet4 = Fusion(width, with_skip=False)
         self.output_conv1 = nn.Conv2d(width, width // 2, 3, padding=1)
         self.output_conv2 = nn.Sequential(
             nn.Conv2d(width // 2, HIDDEN, 3, padding=1), nn.ReLU(), nn.Conv2d(HIDDEN, out, 1)
@@ -62,8 +63,8 @@ class Scratch(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Four levels, fine to coarse -> [S, width/2, 2h, 2w] of the finest."""
-        l1, l2, l3, l4 = (getattr(self, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1))
-        x = self.refinenet4(l4, None, _size(l3))
+        l1, l2, l3, l4 = (self.get_submodule(f"layer{i}_rn")(level) for i, level in enumerate(levels, 1))
+        x: Tensor = self.refinenet4(l4, None, _size(l3))
         x = self.refinenet3(x, l3, _size(l2))
         x = self.refinenet2(x, l2, _size(l1))
         height, width = _size(l1)
@@ -114,7 +115,7 @@ class DPTHead(nn.Module):
             self.register_buffer(f"{name}_down", down, persistent=False)
 
     def _placed(self, x: Tensor, level: str) -> Tensor:
-        return x + getattr(self, f"{level}_across") + getattr(self, f"{level}_down")
+        return x + self.get_buffer(f"{level}_across") + self.get_buffer(f"{level}_down")
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:

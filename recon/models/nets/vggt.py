@@ -71,7 +71,12 @@ class VGGT(nn.Module):
 
 
 def build(
-    config: VGGTConfig, parts: Sequence[Part], size: tuple[int, int], *, seed: int | None = None, file: Path | None = None
+    config: VGGTConfig,
+    parts: Sequence[Part],
+    size: tuple[int, int],
+    *,
+    seed: int | None = None,
+    file: Path | None = None,
 ) -> VGGT:
     """The network for images of `size` (height, width), with seeded weights or those of a checkpoint file.
 
