@@ -37,7 +37,9 @@ def main() -> None:
     try:
         _hydra()
     except (ReconError, HydraException, OmegaConfBaseException, OSError) as error:
-        if verbose or (isinstance(error, OSError) and not _about_output(error)):
+        if verbose or not (
+            isinstance(error, (ReconError, HydraException, OmegaConfBaseException)) or _about_output(error)
+        ):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(1)
@@ -166,14 +168,20 @@ def _message(error: BaseException) -> str:
     return f"{text}\n{cause}" if cause and str(cause) not in text else text
 
 
-def _about_output(error: OSError) -> bool:
-    return error.filename is not None and error.errno in (
-        1,
-        13,
-        17,
-        20,
-        28,
-        30,
+def _about_output(error: Exception) -> bool:
+    """Whether it says that the output folder cannot be written: the first to notice may be Hydra."""
+    return (
+        isinstance(error, OSError)
+        and error.filename is not None
+        and error.errno
+        in (
+            1,
+            13,
+            17,
+            20,
+            28,
+            30,
+        )
     )  # not permitted, in the way, full, read-only
 
 

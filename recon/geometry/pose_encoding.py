@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.spatial.transform import Rotation
 
 from recon.errors import ReconError
 from recon.geometry.views import Array
@@ -21,6 +20,8 @@ def decode_pose(encoding: ArrayLike, height: int, width: int) -> tuple[Array, Ar
         ReconError: a value is not finite, a quaternion is zero, or a field of view is not between 0 and pi. The network
             can say so: its fields of view are rectified, and 16-bit arithmetic can overflow.
     """
+    from scipy.spatial.transform import Rotation
+
     found = np.asarray(encoding, np.float64)
     t, q, fov = found[:, :3], found[:, 3:7], found[:, 7:]
     usable = np.isfinite(found).all(1) & (np.linalg.norm(q, axis=1) > 0) & ((fov > 0) & (fov < np.pi)).all(1)
@@ -43,6 +44,8 @@ def decode_pose(encoding: ArrayLike, height: int, width: int) -> tuple[Array, Ar
 
 def encode_pose(T_cam_world: Array, K: Array, height: int, width: int) -> Array:
     """(T_cam_world [S,4,4], K [S,3,3]) -> encodings [S,9] with qw >= 0. The principal point is not encoded."""
+    from scipy.spatial.transform import Rotation
+
     q = Rotation.from_matrix(T_cam_world[:, :3, :3]).as_quat(canonical=True)
     fov_y = 2 * np.arctan(height / (2 * K[:, 1, 1]))
     fov_x = 2 * np.arctan(width / (2 * K[:, 0, 0]))
