@@ -113,6 +113,8 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    # Hydra copies the whole store for every group that it lists, 150 times for --help; entries are copied on loading
+    vars(store)["__deepcopy__"] = lambda _: store
     store.store(name="schema", node=Config)
     for group, (package, base) in GROUPS.items():
         for module, cls in options(package, base):
