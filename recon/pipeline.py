@@ -152,9 +152,9 @@ def evaluate(run: Run) -> str:
 
 def report(run: Run) -> str:
     """One self-contained HTML page."""
-    path = write_report(run.config, run.metrics, run.reconstruction, run.folder)
-    run.record.files.append(path)
-    return path.name
+    files = write_report(run.config, run.metrics, run.reconstruction, run.folder)
+    run.record.files += files
+    return ", ".join(path.name for path in files)
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Run], str]] = {

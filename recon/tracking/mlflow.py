@@ -45,9 +45,10 @@ class MLflow(Tracking):
 
     def open(self, experiment: str, run: str, output: Path, tags: dict[str, str]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # a user's runs are the user's business
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # one line per schema migration otherwise
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow import MlflowClient
+
+        for noisy in ("alembic", "mlflow"):  # a line per schema migration otherwise; importing mlflow sets its level
+            logging.getLogger(noisy).setLevel(logging.WARNING)
 
         self._uri = self.uri or f"sqlite:///{(output / 'mlflow.db').resolve()}"
         self._client = MlflowClient(tracking_uri=self._uri)
