@@ -22,7 +22,7 @@ def overview(result: Reconstruction) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 12), layout="constrained")
-    parts = np.ravel(figure.subfigures(3, 1, height_ratios=[4.2, 4.8, 3.0]))
+    parts = figure.subfigures(3, 1, height_ratios=[4.2, 4.8, 3.0], squeeze=False).ravel()
     for part, draw in zip(parts, (draw_inputs, draw_map, draw_alignment), strict=True):
         draw(part, result)
     return figure
