@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +21,9 @@ from recon.artifact import write_atomic
 from recon.config import CONF, Config, register, to_config
 from recon.errors import ReconError, Refused
 from recon.sources.webcams import quote_devices
+
+if TYPE_CHECKING:
+    from recon.pipeline import Run
 
 log = logging.getLogger(__name__)
 # Read by libgomp when torch is first imported. Threads that wait busily make small tensor work up to ten times slower
@@ -76,11 +79,19 @@ def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
 
         _table("Plan: nothing is run", plan(config))
         return
-    run_job(config, composed, _tags(settings), folder)
+    state, lines = run_job(config, composed, _tags(settings), folder)
+    _write_result(folder, composed, "ok", None, state.metrics)
+    rows = [{"stage": row.stage, "outcome": row.outcome, "seconds": f"{row.seconds:.2f}"} for row in state.rows]
+    _table(run_name(config), rows)
+    for line in [f"results {folder}", *lines]:
+        _say(line)
 
 
-def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: Path) -> None:
-    """Run the stages under the tracker; a run that fails is recorded with what it had found."""
+def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: Path) -> tuple[Run, list[str]]:
+    """Run the stages under the tracker; returns what they found and the tracker's lines for the person.
+
+    A run that fails is recorded with what it had found.
+    """
     from recon import pipeline
     from recon.store import Store
 
@@ -88,7 +99,6 @@ def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: 
     state = pipeline.Run(config, folder, Store(config))
     state.record.params = _flatten(OmegaConf.to_container(composed, resolve=True))
     state.record.tags = tags
-    lines: list[str] = []
     status = "FAILED"
     try:
         pipeline.run(state)
@@ -99,12 +109,7 @@ def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: 
         raise
     finally:
         lines = config.tracking.close(state.record, status)
-    _write_result(folder, composed, "ok", None, state.metrics)
-    _table(
-        run_name(config), [{"stage": r.stage, "outcome": r.outcome, "seconds": f"{r.seconds:.2f}"} for r in state.rows]
-    )
-    for line in [f"results {folder}", *lines]:
-        _say(line)
+    return state, lines
 
 
 def run_name(config: Config) -> str:
