@@ -146,7 +146,7 @@ def option(group: str, name: str) -> Component:
     """The object of one option with the values of its YAML, as `<group>=<name>` would compose it.
 
     Raises:
-        ReconError: there is no such option.
+        ReconError: there is no such option, or it has a value that only a user can give.
     """
     from omegaconf import OmegaConf
 
@@ -156,8 +156,12 @@ def option(group: str, name: str) -> Component:
         raise ReconError(f"{group}={name}: no such option", f"options: {', '.join(known)}")
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
-    schema = values.pop("defaults")[0].rpartition("/")[2]
-    composed = OmegaConf.merge(OmegaConf.structured(dict(options(*GROUPS[group]))[schema]), values)
+    schema = dict(options(*GROUPS[group]))[values.pop("defaults")[0].rpartition("/")[2]]
+    composed = OmegaConf.merge(OmegaConf.structured(schema), values)
+    if missing := sorted(str(key) for key in OmegaConf.missing_keys(composed)):
+        if schema.not_built:
+            raise Refused(f"{group}={name}: {schema.not_built}", "")
+        raise ReconError(f"{group}={name} needs {', '.join(f'{group}.{key}' for key in missing)}", "give a value")
     found = OmegaConf.to_object(composed)
     assert isinstance(found, Component)
     return found

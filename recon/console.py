@@ -19,7 +19,8 @@ def console() -> Console:
     """The console for people. Results for programs go to files."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    width = None if sys.stdout.isatty() else 140  # in a file nobody has set one
+    return Console(highlight=False, width=width)
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:

@@ -65,8 +65,6 @@ def packages() -> list[dict[str, str]]:
 
 def option_rows() -> list[dict[str, str]]:
     """Every option of every group: usable, or refused and why; with the licence of its weights."""
-    from omegaconf.errors import OmegaConfBaseException
-
     from recon.config import CONF, GROUPS, option
 
     rows = []
@@ -80,8 +78,8 @@ def option_rows() -> list[dict[str, str]]:
                 state = "ok"
             except Refused as refusal:
                 state = f"refused: {refusal.problem}"
-            except (ReconError, OmegaConfBaseException) as missing:
-                state = f"needs settings: {str(missing).splitlines()[0]}"
+            except ReconError as missing:
+                state = missing.problem
             rows.append({"group": group, "option": path.stem, "state": state, "licence": licence})
     return rows
 
