@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from recon.pipeline import Run
 
 log = logging.getLogger(__name__)
-# Read by libgomp when torch is first imported. Threads that wait busily make small tensor work up to ten times slower
-# as soon as anything else uses the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by libgomp when torch is first imported: threads wait busily for about 10 us, then sleep. With its default of
+# milliseconds, small tensor work gets up to ten times slower as soon as anything else uses the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 register()
 
 

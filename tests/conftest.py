@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as recon.app does, before any test imports torch
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as recon.app does, before any test imports torch
 
 
 def _folder(variable: str) -> Path:
