@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(width, height) as `read_image` will return it, from the header alone."""
     with _opened(path) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+        turned = _orientation(image) in _SIDEWAYS
     return (height, width) if turned else (width, height)
 
 
@@ -33,12 +38,12 @@ def read_image(path: Path) -> Image:
         ReconError: not an image, or one that ends early (libraries like OpenCV fill the rest with grey).
     """
     from PIL import Image as Pil
-    from PIL import ImageOps
 
     with _opened(path) as image:
+        orientation = _orientation(image)
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = image.transpose(Pil.Transpose[_UPRIGHT[orientation]]) if orientation in _UPRIGHT else image.copy()
         except (OSError, SyntaxError, ValueError) as error:
             raise ReconError(f"{path}: cannot be decoded: {error}", "replace the file, or leave it out") from error
     if upright.mode.startswith("I"):  # 16 bits of grey
@@ -68,6 +73,16 @@ def read_depth(path: Path, scale: float, size: tuple[int, int]) -> DepthImage:
             "give depth registered to the image, pixel by pixel",
         )
     return values * np.float32(scale)
+
+
+def _orientation(image: PilImage) -> int:
+    """EXIF orientation from the header (Pillow's own `getexif` of a PNG decodes all of it); damaged EXIF is none."""
+    from PIL import Image as Pil
+
+    try:
+        return int(Pil.Image.getexif(image).get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1
 
 
 def _opened(path: Path) -> PilImage:
