@@ -53,9 +53,8 @@ def parity(golden: Path) -> dict[str, float]:
     with torch.inference_mode():
         outputs = network(torch.from_numpy(images).reshape(-1, *images.shape[-3:]).cuda())
     names = ("pose_enc", "depth", "depth_conf", "world_points", "world_points_conf")
-    return {
-        name: rel_l2(out.cpu().numpy().ravel(), wanted[name].ravel()) for name, out in zip(names, outputs, strict=True)
-    }
+    found = {name: output.cpu().numpy() for name, output in zip(names, outputs, strict=True)}
+    return {name: rel_l2(found[name].ravel(), wanted[name].ravel()) for name in names}
 
 
 def latencies(network: torch.nn.Module, views: int) -> list[dict[str, object]]:

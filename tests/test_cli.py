@@ -188,37 +188,52 @@ def test_a_failed_job_does_not_stop_the_sweep_but_its_exit_code(tmp_path: Path) 
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(demo: Path, tmp_path: Path) -> None:
-    """Ten SIGKILLs spread over the run, then one run to the end: same map, same calibration, no stray files."""
-    arguments = [*SMALL, "save_per_frame_depth=true"]
+def killed_ten_times(arguments: list[str], folder: Path, duration: float) -> None:
+    """Start the command ten times and kill each with SIGKILL, at moments spread over its duration."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    start = time.perf_counter()
-    recon(*arguments, cwd=demo)
-    duration = time.perf_counter() - start
-    rng = np.random.default_rng(7)
-    for moment in np.sort(rng.uniform(0.25, 1.0, 10)) * duration:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "recon", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    command = [sys.executable, "-m", "recon", *arguments]
+    for moment in np.sort(np.random.default_rng(7).uniform(0.25, 1.0, 10)) * duration:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=folder, env=environment, **quiet)
         time.sleep(float(moment))
         process.kill()
         process.wait()
-    killed = {path for path in (tmp_path / "outputs" / "runs").glob("*/*") if not (path / "manifest.json").exists()}
-    recon(*arguments, cwd=tmp_path)
-    final, wanted = newest_run(tmp_path), newest_run(demo)
-    assert final not in killed
+
+
+def frames_without_times(run: Path) -> list[dict[str, object]]:
+    rows = json.loads((run / "metrics.json").read_text())["frames"]
+    return [{k: v for k, v in row.items() if "ms" not in k.split("_") or k == "resid_med_mm"} for row in rows]
+
+
+NETWORKS = ["model=vggt-twin", "depth=da2-twin", "model.width=84", "model.height=56"]
+
+
+@pytest.mark.parametrize("networks", [[], pytest.param(NETWORKS, marks=pytest.mark.slow)], ids=["recorded", "networks"])
+def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(networks: list[str], tmp_path: Path) -> None:
+    """Ten SIGKILLs spread over the run, then one run to the end: same map, same frames, same artifacts, nothing stray."""
+    arguments = [*SMALL, *networks, "save_per_frame_depth=true"]
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    undisturbed.mkdir()
+    disturbed.mkdir()
+    start = time.perf_counter()
+    recon(*arguments, cwd=undisturbed)
+    killed_ten_times(arguments, disturbed, time.perf_counter() - start)
+    incomplete = {run for run in (disturbed / "outputs/runs").glob("*/*") if not (run / "manifest.json").exists()}
+    recon(*arguments, cwd=disturbed)
+    final, wanted = newest_run(disturbed), newest_run(undisturbed)
+    assert final not in incomplete
     for name in ("bootstrap_map.ply", "map_updated.ply", "mesh.ply", "tsdf_volume.npz"):
         assert (final / name).read_bytes() == (wanted / name).read_bytes(), name
-    frames = [
-        [
-            {k: v for k, v in row.items() if "ms" not in k.split("_") or k == "resid_med_mm"}
-            for row in json.loads((run / "metrics.json").read_text())["frames"]
-        ]
-        for run in (final, wanted)
+    assert frames_without_times(final) == frames_without_times(wanted)
+    made = [
+        {
+            str(path.relative_to(folder)): path
+            for path in (folder / "outputs").rglob("*.json")
+            if "runs" not in path.parts
+        }
+        for folder in (disturbed, undisturbed)
     ]
-    assert frames[0] == frames[1]
-    assert not list((tmp_path / "outputs" / "cache").rglob("*.tmp"))
+    assert made[0].keys() == made[1].keys()
+    for name, path in made[0].items():
+        assert json.loads(path.read_text())["key"] == json.loads(made[1][name].read_text())["key"], name
+    assert not [path for path in (disturbed / "outputs").rglob("*") if path.name.endswith(".tmp")]
