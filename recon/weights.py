@@ -1,4 +1,4 @@
-"""Weights by reference: a Hugging Face id, a local file or folder, or `seeded:N`. What they are, and how they are read.
+"""Weights by reference: a Hugging Face id, a local file or folder, `packaged:NAME`, or `seeded:N`. What they are, and how they are read.
 
 References are resolved without guessing, checkpoints are data (no pickled objects), and seeded weights are the same
 on every machine and with every torch, so that a network can be exported, timed and tested without its checkpoint.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PACKAGED = Path(__file__).parent / "models" / "weights"
 REMEDY = "give a Hugging Face id, a .safetensors or .pt file, a folder that holds one, or seeded:N"
 
 
@@ -62,7 +63,8 @@ def resolve(reference: str, revision: str = "main") -> Weights:
         if not number.isdecimal():
             raise ReconError(f"weights={reference}: {number!r} is no seed", "give a whole number, e.g. seeded:0")
         return Weights(seed=int(number))
-    path = Path(reference).expanduser()
+    packaged = reference.startswith("packaged:")  # weights that come with this package
+    path = PACKAGED / reference.removeprefix("packaged:") if packaged else Path(reference).expanduser()
     if path.exists():
         return Weights(file=_checkpoint_in(path) if path.is_dir() else _supported(path))
     if HUB_ID.fullmatch(reference) and path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):

@@ -29,8 +29,8 @@ _telling, _told = Lock(), set[tuple[tuple[int, int], tuple[int, int]]]()
 
 PATCH = 14
 OWN_SIZE = 518
-PARAMETERS = {"small": 24.8e6, "base": 97.5e6, "large": 335.3e6, "twin": 0.1e6}
-WIDTHS = {"small": 64, "base": 128, "large": 256, "twin": 16}  # channels of the widest full-size map
+PARAMETERS = {"small": 24.8e6, "base": 97.5e6, "large": 335.3e6, "mini": 3.5e6, "twin": 0.1e6}
+WIDTHS = {"small": 64, "base": 128, "large": 256, "mini": 48, "twin": 16}  # channels of the widest full-size map
 
 
 @dataclass
@@ -42,7 +42,7 @@ class DepthAnything(Depth):
     revision: str = "main"
     """Branch, tag or commit of a Hugging Face id."""
     architecture: str = "small"
-    """Sizes of the network with seeded weights: small | base | large | twin. A checkpoint brings its own."""
+    """Sizes of the network with seeded weights: small | base | large | mini | twin. A checkpoint brings its own."""
     image_size: list[int] = field(default_factory=list)
     """Width and height of the camera's images, to give the network's fixed input their shape, as the model's own
     processor does; empty: a square input of side input_size, to which images are stretched."""

@@ -33,7 +33,7 @@ class VGGT(Model):
     """Visual Geometry Grounded Transformer (Wang et al., CVPR 2025), own implementation of the published network."""
 
     preset: str = "vggt-1b"
-    """Sizes of the network: vggt-1b | vggt-twin."""
+    """Sizes of the network: vggt-1b | vggt-mini | vggt-twin."""
     weights: str = "facebook/VGGT-1B"
     """Hugging Face id, .safetensors or .pt file, folder that holds one, or seeded:N (deterministic, untrained)."""
     revision: str = "main"

@@ -26,7 +26,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "large": {
         "width": 1024, "layers": 24, "heads": 16, "taps": [5, 12, 18, 24], "neck": [256, 512, 1024, 1024], "fusion": 256
     },
-    "twin": {"width": 32, "layers": 4, "heads": 2, "taps": [1, 2, 3, 4], "neck": [16, 24, 32, 32], "fusion": 16},
+    "mini": {
+        "width": 192, "layers": 6, "heads": 3, "taps": [2, 3, 5, 6], "neck": [32, 64, 96, 96], "fusion": 48, "image": 224
+    },
+    "twin": {
+        "width": 32, "layers": 4, "heads": 2, "taps": [1, 2, 3, 4], "neck": [16, 24, 32, 32], "fusion": 16, "image": 112
+    },
 }  # fmt: skip
 
 
@@ -93,11 +98,11 @@ def restore(disparity: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def configuration(architecture: str) -> DepthAnythingConfig:
-    """The configuration of a published model, or of the miniature."""
+    """The configuration of a published model, of ours (mini), or of the miniature for tests (twin)."""
     sizes = ARCHITECTURES[architecture]
     backbone = Dinov2Config(
         hidden_size=sizes["width"], num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"],
-        image_size=112 if architecture == "twin" else 518, patch_size=14, reshape_hidden_states=False,
+        image_size=sizes.get("image", 518), patch_size=14, reshape_hidden_states=False,
         out_indices=sizes["taps"], apply_layernorm=True,
     )  # fmt: skip
     return DepthAnythingConfig(

@@ -59,4 +59,17 @@ PRESETS = {
         dpt_width=32,
         dpt_channels=(32, 48, 64, 64),
     ),
+    "vggt-mini": VGGTConfig(
+        "vggt-mini",
+        width=192,
+        heads=3,
+        encoder_depth=2,
+        trunk_depth=5,
+        table=16,
+        taps=(1, 2, 3, 4),
+        camera_depth=1,
+        camera_heads=6,
+        dpt_width=64,
+        dpt_channels=(48, 96, 128, 128),
+    ),
 }
