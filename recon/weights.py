@@ -1,4 +1,4 @@
-"""Weights by reference: a Hugging Face id, a local file or folder, `packaged:NAME`, or `seeded:N`. What they are, and how they are read.
+"""Weights by reference: a Hugging Face id, a local path, `packaged:NAME`, or `seeded:N`; and how it is read.
 
 References are resolved without guessing, checkpoints are data (no pickled objects), and seeded weights are the same
 on every machine and with every torch, so that a network can be exported, timed and tested without its checkpoint.

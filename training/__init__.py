@@ -1,1 +1,1 @@
-"""Recipe of the small networks: run as `python -m training.train_vggt` from the repository's root. Not part of the package."""
+"""Recipe of the small networks, no part of the package: `python -m training.train_vggt` from the repository's root."""

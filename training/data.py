@@ -165,8 +165,8 @@ def _first_clear(pool: SceneTensors, rows: Tensor, eye: Tensor, g: torch.Generat
 
 
 def look_at(eye: Tensor, aim: Tensor, roll: Tensor) -> Tensor:
-    """[...,4,4] T_world_cam as `recon.scene.generate.look_at`, batched. A camera closer than 0.4 m to its aim looks past
-    it."""
+    """[...,4,4] T_world_cam as `recon.scene.generate.look_at`, batched. Closer than 0.4 m to its aim, a camera looks
+    past it."""
     towards = aim - eye
     level = towards[..., :2]
     level = level / level.norm(dim=-1, keepdim=True).clamp_min(1e-6) * level.norm(dim=-1, keepdim=True).clamp_min(0.4)

@@ -43,7 +43,8 @@ def samples(seeds: Iterable[int], device: torch.device, chunk: int = 8) -> Itera
     for at in range(0, len(listed), chunk):
         part = listed[at : at + chunk]
         scenes = [generate(seed) for seed in part]
-        rigs = [rig(scene, seed, VIEWS, SOURCE[1], SOURCE[0], FOV_DEG) for scene, seed in zip(scenes, part, strict=True)]
+        pairs = zip(scenes, part, strict=True)
+        rigs = [rig(scene, seed, VIEWS, SOURCE[1], SOURCE[0], FOV_DEG) for scene, seed in pairs]
         K = np.stack([r.K for r in rigs])
         pose = np.stack([r.T_world_cam for r in rigs])
         tensors = stack(scenes, device)
@@ -127,7 +128,8 @@ def evaluate_da(
 
         model = DepthAnythingForDepthEstimation(configuration("mini"))
         missing, left = model.load_state_dict({n: v.half().float().cpu() for n, v in weights.items()}, strict=False)
-        assert not left and all(name.endswith("mask_token") for name in missing), (missing, left)
+        assert not left, left
+        assert all(name.endswith("mask_token") for name in missing), missing
         network = DisparityNet(model.requires_grad_(False).eval(), *SIZE).eval()
     network = network.to(device)
     rows = []
@@ -136,8 +138,13 @@ def evaluate_da(
             (found,) = network(preprocess(sample.images.cpu(), SIZE).to(device))
         for view in range(VIEWS):
             rows.append({"seed": sample.seed, "view": view, **_affine_errors(found[view].float(), sample.depth[view])})
-    summary = {"absrel": _mean(rows, "absrel"), "delta1": _mean(rows, "delta1")}
-    return {**summary, "absrel_median_image": float(np.median([row["absrel"] for row in rows])), "images": float(len(rows))}, rows
+    summary = {
+        "absrel": _mean(rows, "absrel"),
+        "delta1": _mean(rows, "delta1"),
+        "absrel_median_image": float(np.median([row["absrel"] for row in rows])),
+        "images": float(len(rows)),
+    }
+    return summary, rows
 
 
 def _affine_errors(found: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The ray caster of `recon.scene` compiled into a few kernels: every image is one batch row with its own scene.
 
-`recon.scene.render` evaluates element by element and cuts the work into chunks, which keeps memory small. Training wants
-thousands of small images a second: here the search for the nearest primitive reduces over primitives as it goes, nothing
-of size images x primitives x pixels is stored for longer than one shape, and the shading is one fused kernel.
+`recon.scene.render` evaluates element by element and cuts the work into chunks, which keeps memory small. Training
+wants thousands of small images a second: here the search for the nearest primitive reduces over primitives as it goes,
+nothing of size images x primitives x pixels is stored, and the shading is compiled as a whole.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def flatten(scenes: SceneTensors) -> Flat:
     return (scenes.solids.centre, scenes.solids.rotation, scenes.solids.half, *rest)
 
 
-def shade(flat: Flat, counts: tuple[int, int, int], K: Tensor, pose: Tensor, exposure: Tensor, width: int, height: int):  # type: ignore[no-untyped-def]
-    """One image per row: K [M,3,3], T_world_cam [M,4,4], exposure [M] -> rgb [M,N,3] uint8 without noise, depth [M,N]."""
+def shade(
+    flat: Flat, counts: tuple[int, int, int], K: Tensor, pose: Tensor, exposure: Tensor, width: int, height: int
+) -> tuple[Tensor, Tensor]:
+    """One image per row: K [M,3,3], T_world_cam [M,4,4], exposure [M] -> rgb [M,N,3] uint8 without noise, depth [M,N]
+    (z, 0 = nothing)."""
     scenes = SceneTensors(Solids(counts, *flat[:3]), *flat[3:])
     pixels = torch.arange(width * height, device=K.device)
     view = render._View(K, pose, exposure, 0.0, 0)

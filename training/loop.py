@@ -1,4 +1,4 @@
-"""One training loop for both networks: AdamW, warm-up and cosine over the whole plan, clipping, averaged weights, pieces.
+"""One training loop for both networks: AdamW, warm-up and cosine over the plan, clipping, averaged weights, pieces.
 
 A piece ends after some minutes or steps and leaves a checkpoint; the next one continues where it stopped, since the
 learning rate depends on the step alone and the data on (seed, step).
@@ -48,7 +48,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan, self.step = model, plan, 0
-        named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)  # whatever order modules have
+        # sorted: a checkpoint must not depend on the order in which a module declares its parts
+        named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         matrices = [p for _, p in named if p.ndim > 1]
@@ -137,18 +138,35 @@ def resume(trainer: Trainer, path: Path) -> bool:
     return path.is_file()
 
 
+RENAMED = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+
+
+def published(name: str) -> str:
+    """A parameter's name in checkpoints: without the wrapper, and as published whatever transformers calls it."""
+    name = name.removeprefix("net.")
+    for new, old in RENAMED.items():
+        name = name.replace(new, old)
+    return name
+
+
 def split(tensors: dict[str, Tensor], folder: Path, stem: str, limit: int = 15 << 20) -> None:
-    """safetensors in fp16, in parts of at most `limit` bytes: what the transfer of files from a lent machine allows."""
+    """safetensors in fp16 under published names, in parts of at most `limit` bytes (a limit on files in transfer)."""
     from safetensors.torch import save_file
 
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, value in tensors.items():
+    for name in sorted(tensors, key=published):
+        value = tensors[name]
         half = value.detach().half().cpu().contiguous()
         if size + 2 * half.numel() > limit:
             parts.append({})
             size = 0
-        parts[-1][name] = half
+        parts[-1][published(name)] = half
         size += 2 * half.numel()
     for number, part in enumerate(parts):
         save_file(part, folder / f"{stem}.{number}.safetensors")

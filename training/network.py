@@ -132,7 +132,8 @@ def camera(head: Any, tokens: Tensor) -> Tensor:
     plain = F.layer_norm(token, token.shape[-1:], eps=1e-6)
     pose, found = head.empty_pose_tokens.expand(*tokens.shape[:2], POSE), []
     for number in range(head.iterations):
-        shift, scale, gate = head.poseLN_modulation(head.embed_pose(pose if number == 0 else pose.detach())).chunk(3, -1)
+        known = pose if number == 0 else pose.detach()
+        shift, scale, gate = head.poseLN_modulation(head.embed_pose(known)).chunk(3, -1)
         x = token + gate * (plain * (1 + scale) + shift)
         for block in head.trunk:
             q, k, v = before(block, x, None, None)
@@ -140,14 +141,14 @@ def camera(head: Any, tokens: Tensor) -> Tensor:
             out = F.scaled_dot_product_attention(q, k, v)
             x = after(block, x, out.transpose(1, 2).reshape(x.shape))
         change = head.pose_branch(head.trunk_norm(x))
-        pose = change if number == 0 else pose.detach() + change
+        pose = change if number == 0 else known + change
         found.append(torch.cat([pose[..., :7], F.relu(pose[..., 7:])], -1))
     return torch.stack(found)
 
 
 @torch.no_grad()
 def initialise(net: nn.Module, seed: int) -> None:
-    """Weights by fan-in, norms and LayerScale 1, the last layer of each residual branch smaller, a pose to start from."""
+    """Weights by fan-in, norms and LayerScale 1, last layers of residual branches smaller, a pose to start from."""
     g = torch.Generator().manual_seed(seed)
     blocks = sum(isinstance(module, Block) for module in net.modules())
     for name, p in net.named_parameters():

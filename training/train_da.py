@@ -25,7 +25,11 @@ def main() -> None:
     model = TrainedDisparity(plan.seed, not options.plain, bf16=device.type == "cuda").to(device)
     trainer = Trainer(model, plan)
     begin(trainer, options)
-    trainer.run(lambda net, step: loss(net, stream.batch(step, views=2)), options.minutes, options.out / "log.jsonl", steps=options.steps)
+
+    def on_step(net: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(net, stream.batch(step, views=2))
+
+    trainer.run(on_step, options.minutes, options.out / "log.jsonl", steps=options.steps)
     finish(trainer, options)
     weights = {name.removeprefix("net."): value for name, value in trainer.averaged().items()}
     split(weights, options.out, "da-mini")

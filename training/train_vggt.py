@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training import losses
 from training.data import Batch, Stream, make_pool
-from training.loop import Plan, Trainer, resume, save, split
+from training.loop import Plan, Trainer, published, resume, save, split
 from training.network import MINI, BatchedVGGT
 
 SIZE = (168, 224)
@@ -29,7 +29,11 @@ def main() -> None:
     model = BatchedVGGT(MINI, SIZE, plan.seed, not options.plain, bf16=device.type == "cuda").to(device)
     trainer = Trainer(model, plan)
     begin(trainer, options)
-    trainer.run(lambda net, step: loss(net, stream.batch(step)), options.minutes, options.out / "log.jsonl", steps=options.steps)
+
+    def on_step(net: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(net, stream.batch(step))
+
+    trainer.run(on_step, options.minutes, options.out / "log.jsonl", steps=options.steps)
     finish(trainer, options)
     weights = {name.removeprefix("net."): value for name, value in trainer.averaged().items()}
     split(weights, options.out, "vggt-mini")
@@ -90,16 +94,16 @@ def prepare(options: argparse.Namespace) -> tuple[Plan, torch.device, Stream]:
 
 
 def begin(trainer: Trainer, options: argparse.Namespace) -> None:
-    """Continue from the checkpoint, or start from weights of an earlier session with a fresh optimiser, or from scratch."""
+    """Continue from the checkpoint, else start from given weights with a fresh optimiser, else from scratch."""
     if resume(trainer, options.state):
         print(f"continue at step {trainer.step}", flush=True)
     elif options.initial:
         from safetensors.torch import load_file
 
-        parts = {name: value.float() for path in options.initial for name, value in load_file(path).items()}
+        parts = {published(name): value.float() for path in options.initial for name, value in load_file(path).items()}
         with torch.no_grad():
             for name, p, mean in zip(trainer.names, trainer.parameters, trainer.average, strict=True):
-                p.copy_(parts[name.removeprefix("net.")])
+                p.copy_(parts[published(name)])
                 mean.copy_(p)
 
 

@@ -27,7 +27,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "width": 1024, "layers": 24, "heads": 16, "taps": [5, 12, 18, 24], "neck": [256, 512, 1024, 1024], "fusion": 256
     },
     "mini": {
-        "width": 192, "layers": 6, "heads": 3, "taps": [2, 3, 5, 6], "neck": [32, 64, 96, 96], "fusion": 48, "image": 224
+        "width": 192, "layers": 6, "heads": 3, "taps": [2, 3, 5, 6], "neck": [32, 64, 96, 96], "fusion": 48,
+        "image": 224,
     },
     "twin": {
         "width": 32, "layers": 4, "heads": 2, "taps": [1, 2, 3, 4], "neck": [16, 24, 32, 32], "fusion": 16, "image": 112
