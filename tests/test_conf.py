@@ -93,7 +93,9 @@ def test_every_command_of_the_design_composes(command: str) -> None:
 
 
 def test_named_devices_arrive_as_typed() -> None:
-    assert composed(*map(quote_devices, ["source=webcams", "source.devices=[front=0,left=1]"])).source.settings()["devices"] == ["front=0", "left=1"]
+    assert composed(*map(quote_devices, ["source=webcams", "source.devices=[front=0,left=1]"])).source.settings()[
+        "devices"
+    ] == ["front=0", "left=1"]
 
 
 def test_sweep_axes_parse_word_for_word() -> None:

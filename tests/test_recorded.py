@@ -116,7 +116,9 @@ def test_depth_without_a_recording_is_refused_and_an_empty_one_predicts_nothing(
     assert np.isnan(option.predict(replace(_view(), depth=np.zeros(SHAPE, np.float32)), None)).all()
 
 
-@pytest.mark.parametrize("wrong", [{"noise": -0.1}, {"outliers": 0.9}, {"gain_low": 0.0}, {"shift_low": 1.0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"noise": -0.1}, {"outliers": 0.9}, {"gain_low": 0.0}, {"shift_low": 1.0}, {"seed": -1}]
+)
 def test_impossible_knobs_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ReconError, match=f"depth.{next(iter(wrong))}"):
         RecordedDepth(name="recorded", **wrong).check()  # type: ignore[arg-type]

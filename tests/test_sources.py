@@ -335,7 +335,10 @@ def test_videos_and_webcams_are_refused_in_one_sentence() -> None:
     ("typed", "parsed"),
     [
         ("source.devices=[front=0,left=1]", ["front=0", "left=1"]),
-        ("source.devices=[front=/dev/video0, left=rtsp://host:80/a=b]", ["front=/dev/video0", "left=rtsp://host:80/a=b"]),
+        (
+            "source.devices=[front=/dev/video0, left=rtsp://host:80/a=b]",
+            ["front=/dev/video0", "left=rtsp://host:80/a=b"],
+        ),
         ("source.devices=['front=0',left=1]", ["front=0", "left=1"]),
         ("source.devices=[0,1,2]", [0, 1, 2]),
     ],

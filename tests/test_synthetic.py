@@ -30,7 +30,10 @@ def test_synthetic_source_is_consistent_and_repeatable() -> None:
     np.testing.assert_array_equal(one[0].image, views[2].image)  # a camera does not depend on the others
     np.testing.assert_array_equal(stream[0][0].T_world_cam, views[0].T_world_cam)
     assert (source.scale().unit, source.scale().source) == ("m", "synthetic scene")
-    assert [v[0].frame for v in Synthetic(name="synthetic", width=16, height=16, steps=5, frame_step=2).batches()] == [2, 4]
+    assert [v[0].frame for v in Synthetic(name="synthetic", width=16, height=16, steps=5, frame_step=2).batches()] == [
+        2,
+        4,
+    ]
 
 
 def test_synthetic_key_follows_the_pixels() -> None:
@@ -64,7 +67,9 @@ def test_synthetic_surface_is_where_static_depth_is_and_nowhere_else() -> None:
     np.testing.assert_array_equal(moved.points, surface.points)
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"width": 8}, {"fov_deg": 179.0}, {"steps": -1}, {"seed": -1}, {"fps": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"count": 0}, {"width": 8}, {"fov_deg": 179.0}, {"steps": -1}, {"seed": -1}, {"fps": 0.0}]
+)
 def test_synthetic_refuses_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ReconError, match=f"source.{next(iter(wrong))}"):
         Synthetic(name="synthetic", **wrong).check()

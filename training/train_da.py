@@ -1,6 +1,6 @@
 """Train da-mini on procedural rooms.
 
-    python -m training.train_da --minutes 8 --state outputs/da.pt --out outputs/da
+python -m training.train_da --minutes 8 --state outputs/da.pt --out outputs/da
 """
 
 from __future__ import annotations

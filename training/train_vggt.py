@@ -1,6 +1,6 @@
 """Train vggt-mini on procedural rooms.
 
-    python -m training.train_vggt --minutes 8 --state outputs/vggt.pt --out outputs/vggt
+python -m training.train_vggt --minutes 8 --state outputs/vggt.pt --out outputs/vggt
 """
 
 from __future__ import annotations
