@@ -3,15 +3,10 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-from recon.config import option
-from recon.sources.synthetic import Synthetic
+from recording import write_recording
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,26 +27,6 @@ def run(command: str, folder: Path) -> str:
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def write_recording(folder: Path) -> None:
-    """images/, depth/, intrinsics.npz and poses.npz of a small rendered scene, as a user's RGB-D recording has them."""
-    source = replace(option("source", "synthetic"), width=96, height=72, steps=2, moving=0, count=3)
-    assert isinstance(source, Synthetic)
-    frames = [source.bootstrap(), *source.batches()]
-    for step, views in enumerate(frames):
-        for view in views:
-            assert view.depth is not None
-            for kind, picture in (("images", view.image), ("depth", np.rint(view.depth * 1000).astype(np.uint16))):
-                path = folder / kind / view.camera / f"{step:06d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(picture).save(path)
-    names = np.array([view.camera for view in frames[0]])
-    np.savez(
-        folder / "intrinsics.npz", camera_names=names, K=np.array([view.K for view in frames[0]]), width=96, height=72
-    )
-    poses = np.array([[views[c].T_world_cam for views in frames] for c in range(len(names))])
-    np.savez(folder / "poses.npz", camera_names=names, T_world_cam=poses)
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:
