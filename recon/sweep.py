@@ -34,7 +34,7 @@ class SweepTable(Callback):
             return
         _failed.extend(row["reason"] for row in rows if row["status"] == "failed")
         write_atomic(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        columns = [key for key in dict.fromkeys(key for row in rows for key in row) if _tells(key, rows)]
         table = [{key: str(row.get(key, "")) for key in columns} for row in rows]
         print_table(f"Sweep {folder.name}", table)
         _track(config, folder, table)
@@ -54,9 +54,14 @@ def _row(job: Path) -> dict[str, str]:
     if not file.exists():
         return {"job": job.name, "status": "failed", "reason": "ended without a result (killed?)"}
     data = json.loads(file.read_text())
-    reason = data["reason"].replace("\n", " ")
+    reason = data["reason"].partition("\n")[0]
     numbers = {key: f"{value:.4g}" for key, value in data["summary"].items()}
     return {"job": job.name, **_assignments(data["overrides"]), "status": data["status"], **numbers, "reason": reason}
+
+
+def _tells(column: str, rows: list[dict[str, str]]) -> bool:
+    """Whether a column says something: overrides that all jobs share do not."""
+    return column in ("status", "reason") or len(rows) == 1 or len({row.get(column) for row in rows}) > 1
 
 
 def _assignments(overrides: list[str]) -> dict[str, str]:
