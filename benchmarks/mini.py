@@ -3,8 +3,8 @@
     python benchmarks/mini.py --out FILE.json [--scenes 200] [--device cpu|cuda]
 
 Seeds 0..199, the demo's rig (4 cameras, 66 degrees). vggt-mini: depth after one scale per scene, relative poses of all
-pairs. da-mini: depth after scale and shift of disparity per image. Every scene is in the JSON. About 20 minutes on two
-cores, half a minute on a GPU.
+pairs. da-mini: depth after scale and shift of disparity per image. Every scene is in the JSON. A quarter of an hour on
+two cores.
 """
 
 from __future__ import annotations
