@@ -35,6 +35,7 @@ TARGETS = (
 
 
 def main() -> None:
+    """Measure, print the table, write raw samples; exit 1 on a miss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=200)

@@ -27,6 +27,7 @@ SIZE = (518, 518)
 
 
 def main() -> None:
+    """Measure what the arguments ask for, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--golden", type=Path)
@@ -93,6 +94,7 @@ def latencies(network: torch.nn.Module, views: int) -> list[dict[str, object]]:
 
 
 def timed(call: Callable[[], object]) -> list[float]:
+    """Milliseconds of every call after warm-up, by CUDA events."""
     for _ in range(WARMUP):
         call()
     samples = []
@@ -108,6 +110,7 @@ def timed(call: Callable[[], object]) -> list[float]:
 
 
 def rel_l2(found: np.ndarray, wanted: np.ndarray) -> float:
+    """||found - wanted|| / ||wanted||, in float64."""
     return float(np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted))
 
 

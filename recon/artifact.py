@@ -141,6 +141,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def manifest_path(path: Path) -> Path:
+    """Where the manifest of the artifact with this main file lies."""
     return path.with_name(path.name + ".json")
 
 
@@ -150,6 +151,7 @@ def content_key(parts: Any) -> str:
 
 
 def canonical(parts: Any) -> bytes:
+    """Plain data as one canonical byte string: sorted keys, no spaces. What keys and manifests are hashed from."""
     return json.dumps(parts, sort_keys=True, default=_plain, separators=(",", ":")).encode()
 
 

@@ -43,6 +43,7 @@ def benchmark_engines(store: Store) -> dict[str, BenchmarkResult]:
 
 def _of_networks(store: Store) -> dict[str, BenchmarkResult]:
     """The configuration's own engines, on the networks' examples, with their error against FP32 torch."""
+    from recon.compare import compare
     from recon.engines.torch import Torch
 
     options, results = store.config.benchmark, {}
@@ -50,11 +51,12 @@ def _of_networks(store: Store) -> dict[str, BenchmarkResult]:
         with ExitStack() as stack:
             session = store.session(role, stack)
             assert session is not None
-            reference = stack.enter_context(Torch(name="torch").session(network, None))
             tick = stack.enter_context(steps(f"Timing {network.name}", options.warmup + options.iterations))
             items = next(iter(network.inputs.values())).shape[0]
             feeds = network.example(options.seed)
-            result = benchmark(session, feeds, options, reference=reference, items=items, tick=tick)
+            result = benchmark(session, feeds, options, items=items, tick=tick)
+            reference = stack.enter_context(Torch(name="torch").session(network, None))  # after: not in its memory
+            result = replace(result, errors=compare(reference, session, [feeds], finite=False))
         results[network.name] = result
         axes = {"quant_mode": store.config.quant_mode.name, "precision": store.config.precision.name}
         _record(store, network.name, axes, store.config.engine.name, result)

@@ -99,6 +99,7 @@ def bootstrap_key(store: Store) -> str:
 
 
 def bootstrap_path(store: Store, key: str) -> Path:
+    """Where the cached bootstrap with this key lies."""
     return store.root / "cache" / "bootstrap" / f"{store.config.model.name}-{key[:12]}.npz"
 
 

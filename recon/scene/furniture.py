@@ -29,6 +29,7 @@ def table(b: Builder, palette: Palette, width: float, depth: float, height: floa
 
 
 def chair(b: Builder, palette: Palette) -> None:
+    """A wooden chair with a checked seat, its back towards +y."""
     frame, seat = wood(palette.wood), cloth(palette.accent(b.rng), Texture.CHECKS, 0.05)
     b.box((0, 0, 0.44), (0.44, 0.44, 0.06), seat)
     for x in (-0.19, 0.19):
@@ -87,6 +88,7 @@ def cabinet(b: Builder, palette: Palette, width: float) -> None:
 
 
 def floor_lamp(b: Builder, palette: Palette) -> None:
+    """A standing lamp with a glowing globe."""
     b.cylinder((0, 0, 0.02), 0.15, 0.04, METAL)
     b.cylinder((0, 0, 0.78), 0.018, 1.52, METAL)
     glow = Material(shade(palette.wall, 1.1), palette.wall, Texture.NOISE, 0.1, 0.1, glow=1.2)
@@ -105,6 +107,7 @@ def plant(b: Builder, palette: Palette) -> None:
 
 
 def rug(b: Builder, palette: Palette, width: float, depth: float) -> None:
+    """A flat patterned rug."""
     first, second = palette.accent(b.rng), palette.wall
     if first == second:
         second = palette.fabric

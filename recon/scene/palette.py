@@ -61,10 +61,12 @@ def shade(color: Vector, r: float, g: float | None = None, b: float | None = Non
 
 
 def wood(color: Vector, period: float = 0.16) -> Material:
+    """Wood grain of two tones of the colour."""
     return Material(shade(color, 0.45), shade(color, 1.1), Texture.WOOD, period, 0.2)
 
 
 def plaster(color: Vector) -> Material:
+    """A wall of almost even colour."""
     return Material(shade(color, 0.82), color, Texture.NOISE, 0.5, 0.3)
 
 
