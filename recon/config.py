@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from recon.accuracy import AccuracyOptions
 from recon.benchmark import BenchmarkOptions
+from recon.calibration import CalibrationOptions
 from recon.component import Component
 from recon.depth import Depth
 from recon.engines import Engine
@@ -92,6 +94,8 @@ class Config:
     tracking: Tracking = MISSING
     align: Align = field(default_factory=Align)
     export: ExportOptions = field(default_factory=ExportOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     evaluate: Evaluate = field(default_factory=Evaluate)
     output: str = "outputs"
@@ -236,8 +240,40 @@ def check(config: Config) -> None:
         raise Refused(f"viewer={config.viewer}: {why}", "viewer=none writes PLY files for any viewer")
     for component in components(config):
         component.check()
-    for options in (config.align, config.export, config.benchmark, config.evaluate):
+    for options in (
+        config.align,
+        config.export,
+        config.calibration,
+        config.accuracy,
+        config.benchmark,
+        config.evaluate,
+    ):
         options.check()  # type: ignore[attr-defined]
+    _check_pair(config)
+
+
+def _check_pair(config: Config) -> None:
+    """Refuse formats that the engine, on its device, cannot carry out, and name the nearest pair that it can."""
+    if not {"build", "benchmark", "reconstruct", "sensitivity", "depth"} & set(config.stages):
+        return
+    if not (reason := _refusal(config.engine, config.quant_mode, config.precision)):
+        return
+    mode, precision = config.quant_mode, config.precision
+    names = [path.stem for path in sorted((CONF / "precision").glob("*.yaml"))]
+    others = [option("precision", name) for name in ("fp16", "bf16", "fp32", *names)]
+    pairs = [(mode, other) for other in others] + [(option("quant_mode", "none"), other) for other in (precision, *others)]
+    for near_mode, near in pairs:
+        if not _refusal(config.engine, near_mode, near):  # type: ignore[arg-type]
+            remedy = f"the nearest pair that works: quant_mode={near_mode.name} precision={near.name}"
+            break
+    else:
+        remedy = f"engine={config.engine.name} cannot run here at all; python -m recon.doctor says what can"
+    raise Refused(f"quant_mode={mode.name} precision={precision.name} engine={config.engine.name}: {reason}", remedy)
+
+
+def _refusal(engine: Engine, mode: QuantMode, precision: Precision) -> str:
+    formats = [found for found in (mode.layer_format(), precision.layer_format()) if found is not None]
+    return engine.refuses(formats, precision.rest_format)
 
 
 def components(config: Config) -> tuple[Component, ...]:

@@ -21,7 +21,7 @@ from recon.config import STAGES, Config
 from recon.errors import ReconError
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
 from recon.report import write_report
-from recon.store import Store, built, exported
+from recon.store import Store, built, calibrated, exported
 from recon.tracking import Record
 
 
@@ -83,8 +83,15 @@ def export(run: Run) -> str:
 
 
 def calibrate(run: Run) -> str:
-    """Ranges for INT8 and FP8. In this version every precision that needs them is refused before any stage runs."""
-    return f"not needed: precision={run.config.precision.name}, quant_mode={run.config.quant_mode.name}"
+    """Ranges of inputs and values over real frames, for INT8, FP8 and FP16."""
+    if not run.store.needs_calibration:
+        return f"not needed: precision={run.config.precision.name}, quant_mode={run.config.quant_mode.name}"
+    outcomes = []
+    for network in run.store.networks().values():
+        artifact = calibrated(run.store, network)
+        outcomes.append(f"{artifact.path.name} {'reused' if artifact.reused else 'calibrated'}")
+        run.metrics.setdefault("calibration", {})[network.name] = artifact.manifest.facts
+    return _joined(outcomes, run)
 
 
 def build(run: Run) -> str:

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from recon.component import Component
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
+from recon.formats import LayerFormat, LayerInfo, QuantizedWeight, RestFormat
 
-REASONS = {
-    "fp32": "",
-    "fp16": "casting to FP16 with range analysis on calibration data is not part of this version",
-    "bf16": "casting to BF16 is not part of this version",
-    "int8": "calibrated INT8 (Q/DQ pairs in the ONNX graph) is not part of this version",
-    "fp8": "calibrated FP8 (Q/DQ pairs in the ONNX graph) is not part of this version",
+if TYPE_CHECKING:
+    import torch
+
+NAMES = ("fp32", "fp16", "bf16", "int8", "fp8")
+CALIBRATED = {
+    "int8": LayerFormat("int8", "int8", by="precision"),
+    "fp8": LayerFormat("fp8", "fp8", per_tensor=True, by="precision"),
 }
 
 
 @dataclass
 class Precision(Component):
-    """fp32, fp16, bf16, or calibrated int8 and fp8 on eligible layers with the rest in `rest`."""
+    """fp32, fp16, bf16, or calibrated int8 and fp8 on eligible layers with everything else in `rest`."""
 
     rest: str = "fp16"
-    """Format of the layers that int8 and fp8 leave alone: fp16 or bf16. Without effect in the other precisions."""
+    """Format of what int8 and fp8 leave alone: fp16, bf16 or fp32. Without effect in the other precisions."""
 
     def check(self) -> None:
-        if self.name not in REASONS:
-            raise ReconError(f"precision={self.name}: no such precision", f"choose from {', '.join(REASONS)}")
-        if self.rest not in ("fp16", "bf16"):
-            raise ReconError(f"precision.rest={self.rest}: no such format", "choose fp16 or bf16")
-        if reason := REASONS[self.name]:
-            remedy = "the nearest pair that works: quant_mode=none precision=fp32"
-            raise Refused(f"precision={self.name}: {reason}", remedy)
+        if self.name not in NAMES:
+            raise ReconError(f"precision={self.name}: no such precision", f"choose from {', '.join(NAMES)}")
+        if self.rest not in ("fp16", "bf16", "fp32"):
+            raise ReconError(f"precision.rest={self.rest}: no such format", "choose fp16, bf16 or fp32")
+
+    def layer_format(self) -> LayerFormat | None:
+        """Format of the eligible layers that the quant mode leaves alone; None where they are computed as the rest."""
+        return CALIBRATED.get(self.name)
+
+    @property
+    def rest_format(self) -> RestFormat:
+        """Format of everything that nothing quantises."""
+        return cast(RestFormat, self.rest if self.name in CALIBRATED else self.name)

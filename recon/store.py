@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from recon.artifact import Artifact, content_key, obtain
 from recon.config import Config
 from recon.console import busy
-from recon.engines import Session
+from recon.engines import Build, Session
+from recon.formats import LayerFormat, Recipe
 from recon.network import Network
 
 EXPORT_VERSION = "export.1"  # raise when the exporter writes other files for the same settings
-BUILD_VERSION = "build.1"
-PROBE_SEED = 1  # the example on which every build is compared with torch
+CALIBRATION_VERSION = "calibration.1"
+WRITER_VERSION = "writer.1"
+BUILD_VERSION = "build.2"
+PLAIN = {"quant_mode": "none", "precision": "fp32"}
 
 
 class Store:
@@ -42,6 +45,28 @@ class Store:
             return None
         return model.network(model.views or len(self.config.source.cameras()))
 
+    @property
+    def plain(self) -> bool:
+        """Whether networks stay as exported: FP32, nothing quantised."""
+        return not self.formats() and self.config.precision.rest_format == "fp32"
+
+    def formats(self) -> list[LayerFormat]:
+        """Formats that the quant mode and the precision put on layers."""
+        asked = (self.config.quant_mode.layer_format(), self.config.precision.layer_format())
+        return [found for found in asked if found is not None]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ranges decide something: Q/DQ scales of inputs, or which values FP16 cannot hold."""
+        return self.config.precision.rest_format == "fp16" or any(found.calibrated for found in self.formats())
+
+    def base_path(self, network: Network) -> Path:
+        """The FP32 graph as exported, shared by all modes and precisions."""
+        return self.root / "engines" / PLAIN["quant_mode"] / f"{network.name}_{PLAIN['precision']}.onnx"
+
+    def ranges_path(self, network: Network) -> Path:
+        return self.root / "engines" / "calibration" / f"{network.name}.npz"
+
     def folder(self) -> Path:
         return self.root / "engines" / self.config.quant_mode.name
 
@@ -62,19 +87,47 @@ class Store:
             "licence": network.licence,
         }
 
-    def onnx_key(self, network: Network) -> str:
+    def base_key(self, network: Network) -> str:
         from recon.export import versions
 
-        parts = [EXPORT_VERSION, self.requested(network), network.weights_key, self.config.export, versions()]
+        return content_key(
+            [EXPORT_VERSION, network.name, network.settings, network.weights_key, self.config.export, versions()]
+        )
+
+    def ranges_key(self, network: Network, role: str) -> str:
+        from recon.calibration import data_key
+
+        data = data_key(self.config.calibration, self.config.source, role)
+        return content_key([CALIBRATION_VERSION, self.base_key(network), self.config.calibration, data])
+
+    def onnx_key(self, network: Network) -> str:
+        """Key of the graph with this configuration's formats written into it."""
+        if self.plain:
+            return self.base_key(network)
+        from recon.quantise import keep_list, versions
+
+        ranges = self.ranges_key(network, self.role(network)) if self.needs_calibration else ""
+        keep = keep_list(self.config.quant_mode.keep)
+        parts = [WRITER_VERSION, self.base_key(network), ranges, self.requested(network), keep, versions(self.config)]
         return content_key(parts)
 
     def engine_key(self, network: Network) -> str:
         engine = self.config.engine
-        if not engine.builds:
-            return content_key(
-                [BUILD_VERSION, self.requested(network), network.weights_key, engine.settings(), engine.versions()]
-            )
         return content_key([BUILD_VERSION, self.onnx_key(network), engine.settings(), engine.versions()])
+
+    def role(self, network: Network) -> str:
+        """`model` or `depth`."""
+        return next(role for role, known in self._networks.items() if known is not None and known.name == network.name)
+
+    def recipe(self, network: Network) -> Recipe:
+        """All decisions for a network, with quantised weights: loads the network, and calibrates where needed."""
+        if self.plain:
+            return Recipe()
+        from recon.calibration import read_ranges
+        from recon.quantise import make_recipe
+
+        ranges = read_ranges(calibrated(self, network).path) if self.needs_calibration else None
+        return make_recipe(network, self.config.quant_mode, self.config.precision, ranges)
 
     def session(self, role: str, stack: ExitStack) -> Session | None:
         """The running engine of a role, closed with `stack`; None where the option has no network."""
@@ -82,53 +135,81 @@ class Store:
         if network is None:
             return None
         path = built(self, network).path if self.config.engine.builds else None
-        return stack.enter_context(self.config.engine.session(network, path))
+        return stack.enter_context(self.config.engine.session(network, path, partial(self.recipe, network)))
 
 
 def exported(store: Store, network: Network) -> Artifact:
-    """The ONNX artifact of a network."""
+    """The ONNX artifact of a network in FP32, as torch has it."""
     from recon.export import export
 
-    path = store.onnx_path(network)
+    path = store.base_path(network)
 
     def make(folder: Path) -> dict[str, Any]:
         with busy(f"Exporting {path.name}"):
             return export(network, folder / path.name, store.config.export)
 
-    return _obtain(store, path, "onnx", "export", store.onnx_key(network), make, network, [])
+    return _obtain(store, path, "onnx", "export", store.base_key(network), make, network, [], plain=True)
+
+
+def calibrated(store: Store, network: Network) -> Artifact:
+    """Ranges of a network's values over the calibration frames."""
+    from recon.calibration import calibrate
+
+    base, path, role = exported(store, network), store.ranges_path(network), store.role(network)
+    key = store.ranges_key(network, role)
+
+    def make(folder: Path) -> dict[str, Any]:
+        return calibrate(network, base.path, folder / path.name, store.config, role, key)
+
+    return _obtain(store, path, "calibration", "calibrate", key, make, network, [base.key], plain=True)
+
+
+def written(store: Store, network: Network) -> Artifact:
+    """The ONNX artifact with this configuration's precision and Q/DQ in it; the exported one where nothing changes."""
+    base = exported(store, network)
+    if store.plain:
+        return base
+    from recon.quantise import write
+
+    path = store.onnx_path(network)
+
+    def make(folder: Path) -> dict[str, Any]:
+        recipe = store.recipe(network)
+        with busy(f"Writing {path.name}"):
+            return write(network, base.path, recipe, folder / path.name)
+
+    return _obtain(store, path, "onnx", "build", store.onnx_key(network), make, network, [base.key])
 
 
 def built(store: Store, network: Network) -> Artifact:
-    """The engine artifact of a network, compared with the FP32 torch module before it is accepted."""
-    onnx = exported(store, network)
+    """The engine artifact of a network, certified and compared with the FP32 torch module before it is accepted."""
     path, engine = store.engine_path(network), store.config.engine
+    onnx = written(store, network) if engine.needs_onnx else None
 
     def make(folder: Path) -> dict[str, Any]:
         with busy(f"Building {path.name}"):
-            facts = engine.build(onnx.path, folder / path.name)
-            with engine.load(folder / path.name) as session:
-                facts["error_against_torch_fp32"] = error_against_torch(network, session)
-        facts["effective"] = {"engine": engine.settings(), "versions": engine.versions()}
-        return facts
+            source = Build(network, onnx.path if onnx else None, partial(store.recipe, network))
+            facts = engine.build(source, folder / path.name)
+        return facts | _proof(store, network, onnx.manifest.facts if onnx else facts, folder / path.name)
 
-    return _obtain(store, path, "engine", "build", store.engine_key(network), make, network, [onnx.key])
+    parents = [onnx.key] if onnx else []
+    return _obtain(store, path, "engine", "build", store.engine_key(network), make, network, parents)
 
 
-def error_against_torch(network: Network, session: Session) -> dict[str, Any]:
-    """Error of every output of an engine against the FP32 torch module on one fresh example.
+def _proof(store: Store, network: Network, source: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Certificate and accuracy of a built file, for its manifest. `source`: facts of what it was built from.
 
     Raises:
-        ReconError: an output is not finite.
+        ReconError: a requested format is absent from the engine, or its error is beyond the gate.
     """
-    from dataclasses import asdict
+    from recon.accuracy import judge
+    from recon.certificate import certify
 
-    from recon.compare import compare
-    from recon.engines.torch import Torch
-
-    with Torch(name="torch").session(network, None) as reference:
-        return {
-            name: asdict(error) for name, error in compare(reference, session, [network.example(PROBE_SEED)]).items()
-        }
+    engine = store.config.engine
+    certificate = certify(engine, file, source, store.requested(network))
+    accuracy = judge(store.config, network, store.role(network), file)
+    effective = {"engine": engine.settings(), "versions": engine.versions(), "verdict": certificate["verdict"]}
+    return {"certificate": certificate, "accuracy": accuracy, "effective": effective}
 
 
 def _obtain(
@@ -140,7 +221,11 @@ def _obtain(
     make: Callable[[Path], dict[str, Any]],
     network: Network,
     parents: list[str],
+    plain: bool = False,
 ) -> Artifact:
     redo = stage in store.config.force and (path, stage) not in store.redone
     store.redone.add((path, stage))
-    return obtain(path, kind, key, make, requested=store.requested(network), parents=parents, force=redo)
+    requested = store.requested(network)
+    if plain:  # shared by all modes and precisions
+        requested |= {axis: {"name": name} for axis, name in PLAIN.items()}
+    return obtain(path, kind, key, make, requested=requested, parents=parents, force=redo)

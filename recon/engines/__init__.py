@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.component import Component
 from recon.errors import ReconError
+from recon.formats import Inspection, LayerFormat, Recipe, RestFormat
 from recon.network import Network, TensorSpec
 
 if TYPE_CHECKING:
@@ -66,29 +68,57 @@ def mismatch(specs: dict[str, TensorSpec], feeds: dict[str, torch.Tensor]) -> st
     return ""
 
 
+@dataclass(frozen=True)
+class Build:
+    """What an engine is built from. `recipe()` loads weights and quantises them: call it only where they are needed.
+
+    onnx: the written graph, precision and Q/DQ included; None for engines that start from the torch module.
+    """
+
+    network: Network
+    onnx: Path | None
+    recipe: Callable[[], Recipe]
+
+
 @dataclass
 class Engine(Component):
-    """How a network runs. `builds` tells whether there is a file between ONNX and running."""
+    """How a network runs. `builds` tells whether there is a file between network and running."""
 
     builds: ClassVar[bool] = True
+    needs_onnx: ClassVar[bool] = True  # built from the written graph; False: from the torch module and the recipe
     suffix: ClassVar[str] = ".engine"  # after the precision; engines that may lie side by side differ in it
 
+    def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
+        """Why this engine, on the device that it is set to, cannot carry out these formats; empty when it can.
+
+        Asked before any work, so it may look at the device but at no file and no network.
+        """
+        return ""
+
+    def runs_here(self) -> str:
+        """Why a built file cannot be run on this machine; empty when it can. Such a file is built, but not compared."""
+        return ""
+
     @abstractmethod
-    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
-        """Write the engine file `out` from `onnx`; returns facts for the manifest: what is in it, versions, times."""
+    def build(self, source: Build, out: Path) -> dict[str, Any]:
+        """Write the engine file `out`; returns facts for the manifest: what is in it, versions, times."""
 
     @abstractmethod
     def load(self, path: Path) -> Session:
         """Open a built engine file."""
 
+    @abstractmethod
+    def inspect(self, path: Path) -> Inspection:
+        """Format and kernel of every layer of a built file, as the engine itself reports them."""
+
     def versions(self) -> dict[str, str]:
         """Tool and device versions that a built file depends on: part of its cache key."""
         return {}
 
-    def session(self, network: Network, path: Path | None) -> Session:
+    def session(self, network: Network, path: Path | None, recipe: Callable[[], Recipe] = Recipe) -> Session:
         """A running session: from the built file, or straight from the network where the engine builds none."""
         assert path is not None, "an engine that builds needs its file"
         return self.load(path)
 
 
-__all__ = ["Engine", "Session"]
+__all__ = ["Build", "Engine", "Session"]
