@@ -29,6 +29,7 @@ from recon.export import ExportOptions
 from recon.fusion import Fusion
 from recon.live.align import Align
 from recon.models import Model
+from recon.options import DepthVideoOptions, HandoverOptions, RerunOptions, check_viewer
 from recon.precision import Precision
 from recon.quant import QuantMode
 from recon.sources import Source
@@ -52,8 +53,10 @@ GROUPS: dict[str, tuple[str, type[Component]]] = {
     "tracking": ("recon.tracking", Tracking),
 }
 
-STAGES = ("export", "calibrate", "build", "benchmark", "reconstruct", "evaluate", "report")
-STAGES_TO_COME = ("sensitivity", "depth", "handover")
+STAGES = ("export", "calibrate", "build", "benchmark", "depth", "reconstruct", "handover", "evaluate", "report")
+STAGES_TO_COME = ("sensitivity",)
+ON_REQUEST = ("depth", "handover")
+"""Stages that run only when they are named."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Config:
 
     name: str = "demo"
     """Name of the question asked: run folder suffix and MLflow experiment."""
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: [stage for stage in STAGES if stage not in ON_REQUEST])
     """Stages to run, in this order whatever the order given."""
     model: Model = MISSING
     depth: Depth = MISSING
@@ -98,6 +101,9 @@ class Config:
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    handover: HandoverOptions = field(default_factory=HandoverOptions)
+    depth_video: DepthVideoOptions = field(default_factory=DepthVideoOptions)
+    rerun: RerunOptions = field(default_factory=RerunOptions)
     output: str = "outputs"
     """Folder for engines, caches, runs and the tracking database."""
     plan: bool = False
@@ -109,7 +115,7 @@ class Config:
     save_per_frame_depth: bool = False
     """Write every aligned depth image to depth_metric/ (depth_relative/ when the scale is arbitrary)."""
     viewer: str = "none"
-    """none | rerun."""
+    """none | rerun: write recon.rrd, knobs under `rerun`."""
 
 
 def register() -> None:
@@ -235,9 +241,9 @@ def check(config: Config) -> None:
             )
     if not config.stages:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
-    if config.viewer != "none":
-        why = "the rerun viewer is not built yet" if config.viewer == "rerun" else "the viewers are: none, rerun"
-        raise Refused(f"viewer={config.viewer}: {why}", "viewer=none writes PLY files for any viewer")
+    check_viewer(config.viewer, config.stages)
+    if "handover" in config.stages and "reconstruct" not in config.stages and config.handover.run is None:
+        raise ReconError("stage handover has no run to hand over", "add reconstruct to stages, or give handover.run=DIR")
     for component in components(config):
         component.check()
     for options in (
@@ -247,6 +253,9 @@ def check(config: Config) -> None:
         config.accuracy,
         config.benchmark,
         config.evaluate,
+        config.handover,
+        config.depth_video,
+        config.rerun,
     ):
         options.check()  # type: ignore[attr-defined]
     _check_pair(config)
@@ -279,5 +288,5 @@ def _refusal(engine: Engine, mode: QuantMode, precision: Precision) -> str:
 def components(config: Config) -> tuple[Component, ...]:
     """The chosen options, in group order. A stage list that needs no source or map does not check theirs."""
     needed = set(config.stages)
-    geometry = bool(needed & {"reconstruct", "evaluate"})
+    geometry = bool(needed & {"depth", "reconstruct", "evaluate"})
     return tuple(getattr(config, group) for group in GROUPS if geometry or group not in ("source", "fusion"))

@@ -1,6 +1,6 @@
 """The stages, as plain functions in reading order. They see neither Hydra nor a tracker.
 
-    export -> calibrate -> build -> benchmark -> reconstruct -> evaluate -> report
+    export -> calibrate -> build -> benchmark -> depth -> reconstruct -> handover -> evaluate -> report
 
 `run` calls those that were asked for. Each leaves an artifact or a file in the run folder and adds to the `Record`.
 What a stage needs from an earlier one it obtains from the artifact store, so any single stage can be asked for.
@@ -54,7 +54,7 @@ def run(state: Run) -> None:
         ReconError: what a user can mend; artifacts finished before it are kept.
     """
     config = state.config
-    if {"reconstruct", "evaluate"} & set(config.stages):
+    if {"depth", "reconstruct", "evaluate"} & set(config.stages):
         config.source.validate()
     for name in STAGES:
         if name in config.stages:
@@ -125,6 +125,18 @@ def benchmark(run: Run) -> str:
     return _joined([f"{name} p50 {summary['latency_ms_p50']:.2f} ms" for name, summary in summaries.items()], run)
 
 
+def depth(run: Run) -> str:
+    """Depth alone: no map, no poses; videos of input and depth side by side."""
+    from recon.depthvideo import depth_videos
+
+    with ExitStack() as sessions:
+        found = depth_videos(run.config, run.store.session("depth", sessions), run.folder)
+    run.metrics["depth"] = found.metrics()
+    run.record.metrics |= found.summary()
+    run.record.files += found.files
+    return found.outcome()
+
+
 def reconstruct(run: Run) -> str:
     """Bootstrap a map from one view per camera, then stream, align and fuse the rest."""
     with ExitStack() as sessions:
@@ -138,6 +150,20 @@ def reconstruct(run: Run) -> str:
     run.record.files += result.files
     fused, seen = result.accepted, len(result.frames)
     return f"{fused} of {seen} frames fused, {result.map_stats['points']:.0f} points, unit {result.scale.unit}"
+
+
+def handover(run: Run) -> str:
+    """COLMAP, nerfstudio and Gaussian files of this run or of an earlier one."""
+    from recon.handover import hand_over
+    from recon.keyframes import require_complete
+
+    options = run.config.handover
+    if options.run is not None:
+        require_complete(Path(options.run))
+    files, facts = hand_over(Path(options.run or run.folder), run.folder, options)
+    run.metrics["handover"] = facts
+    run.record.files += files
+    return f"{facts['images']} images and {facts['points']} points to {run.folder.name}/handover, unit {facts['unit']}"
 
 
 def evaluate(run: Run) -> str:
@@ -169,7 +195,9 @@ STAGE_FUNCTIONS: dict[str, Callable[[Run], str]] = {
     "calibrate": calibrate,
     "build": build,
     "benchmark": benchmark,
+    "depth": depth,
     "reconstruct": reconstruct,
+    "handover": handover,
     "evaluate": evaluate,
     "report": report,
 }

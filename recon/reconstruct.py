@@ -20,6 +20,7 @@ from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
 from recon.geometry.views import Bootstrap, Scale
+from recon.keyframes import KeyframeWriter
 from recon.live.scores import DepthScores
 from recon.live.stream import FrameResult, Streamer
 from recon.store import Store
@@ -156,7 +157,10 @@ def _bootstrap_map(config: Config, bootstrap: Bootstrap) -> Map:
 
 
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
+    keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
+
     def observe(frame: FrameResult) -> None:
+        keyframes.offer(frame.view)
         result.frames.append(frame.row())
         result.depth_scores.add(frame)
         if config.save_per_frame_depth and frame.depth is not None:
@@ -164,6 +168,7 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
 
     for _ in track(streamer.run(observe), "Streaming", len(config.source)):
         pass
+    result.files += keyframes.close()
     if result.frames and not result.accepted:
         reasons = Counter(frame["reason"] for frame in result.frames).most_common(1)[0]
         log.warning("no frame of the stream was fused; most often: %s (%d of %d)", *reasons, len(result.frames))
