@@ -6,12 +6,16 @@ Pixel centres lie at integer coordinates, so a resize by s maps u to s * (u + 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recon.errors import ReconError
 from recon.geometry.views import Array, Image
+
+if TYPE_CHECKING:
+    from recon.geometry.distortion import Undistortion
 
 MODES = ("crop", "pad")
 
@@ -55,6 +59,31 @@ class Placement:
         mask = np.zeros(self.target[::-1], bool)
         mask[self.window] = True
         return mask
+
+
+@dataclass(frozen=True)
+class PixelPath:
+    """All that happened to a frame's pixels between the camera's own image and the network's input."""
+
+    undistortion: Undistortion | None
+    placement: Placement
+
+    def to_network(self, pixels: Array) -> Array:
+        """Pixels [...,2] of the camera's own image to pixels of the network's input."""
+        view = pixels if self.undistortion is None else self.undistortion.to_view(pixels)
+        matrix = self.placement.matrix
+        return view * np.diag(matrix)[:2] + matrix[:2, 2]
+
+    def to_camera(self, pixels: Array) -> Array:
+        """The inverse of `to_network`."""
+        matrix = self.placement.matrix
+        view = (pixels - matrix[:2, 2]) / np.diag(matrix)[:2]
+        return view if self.undistortion is None else self.undistortion.to_camera(view)
+
+    def record(self) -> dict[str, Any]:
+        """What was done, as plain data: sizes are (width, height)."""
+        placement = {name: list(getattr(self.placement, name)) for name in ("source", "resized", "corner", "target")}
+        return {"undistortion": self.undistortion.record() if self.undistortion else None, "placement": placement}
 
 
 def place(source: tuple[int, int], target: tuple[int, int], mode: str, multiple: int = 14) -> Placement:

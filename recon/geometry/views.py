@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from recon.geometry.distortion import Undistortion
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]
@@ -34,6 +37,7 @@ class View:
 
     image: [H,W,3] uint8 RGB. K: [3,3], pixels. T_world_cam: [4,4], camera to world, in `scale` units.
     depth: [H,W] float32 recorded z-depth, 0 = no measurement. time_s: capture time in seconds.
+    origin: how the image came from the camera's own by undistortion; None where the camera's image is as it was.
     Anything unknown is None.
     """
 
@@ -44,6 +48,7 @@ class View:
     T_world_cam: Array | None = None
     depth: DepthImage | None = None
     time_s: float | None = None
+    origin: Undistortion | None = None
 
     @property
     def size(self) -> tuple[int, int]:
