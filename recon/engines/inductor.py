@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from recon.engines import Engine, Session
+from recon.engines import Build, Engine, Session
 from recon.errors import Refused
+from recon.formats import Inspection
 
 
 @dataclass
@@ -28,9 +29,13 @@ class Inductor(Engine):
             "engine=torch runs the module itself, engine=onnxruntime a built file",
         )
 
-    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+    def build(self, source: Build, out: Path) -> dict[str, Any]:
         self.check()
         return {}
+
+    def inspect(self, path: Path) -> Inspection:
+        self.check()
+        raise AssertionError
 
     def load(self, path: Path) -> Session:
         self.check()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recon.engines import Engine, Session
+from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
+from recon.formats import Inspection, Recipe
 from recon.machine import MIB, rss_mib
 from recon.network import Network, TensorSpec
 
@@ -104,12 +106,15 @@ class Torch(Engine):
         device = cpu_name() if self.device == "cpu" else str(torch.cuda.get_device_name(self.device))
         return {"torch": str(torch.__version__), "device": device}
 
-    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+    def build(self, source: Build, out: Path) -> dict[str, Any]:
+        raise AssertionError("engine=torch builds no file")
+
+    def inspect(self, path: Path) -> Inspection:
         raise AssertionError("engine=torch builds no file")
 
     def load(self, path: Path) -> Session:
         raise ReconError(f"{path}: engine=torch runs networks, not files", "give the engine that built the file")
 
-    def session(self, network: Network, path: Path | None) -> Session:
+    def session(self, network: Network, path: Path | None, recipe: Callable[[], Recipe] = Recipe) -> Session:
         self.check()
         return TorchSession(network, network.load(), self.device)
