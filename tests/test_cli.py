@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SMALL = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none", "fusion.voxel=0.05"]
+TINY = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none", "fusion.voxel=0.05"]
+RECORDED = ["model=recorded", "depth=recorded"]
+SMALL = [*TINY, *RECORDED]
 
 
 def recon(
@@ -208,10 +210,10 @@ def frames_without_times(run: Path) -> list[dict[str, object]]:
 NETWORKS = ["model=vggt-twin", "depth=da2-twin", "model.width=84", "model.height=56"]
 
 
-@pytest.mark.parametrize("networks", [[], pytest.param(NETWORKS, marks=pytest.mark.slow)], ids=["recorded", "networks"])
+@pytest.mark.parametrize("networks", [RECORDED, pytest.param(NETWORKS, marks=pytest.mark.slow)], ids=["recorded", "networks"])
 def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(networks: list[str], tmp_path: Path) -> None:
     """Ten SIGKILLs spread over the run, then one run to the end: same map, same frames, same artifacts, nothing stray."""
-    arguments = [*SMALL, *networks, "save_per_frame_depth=true"]
+    arguments = [*TINY, *networks, "save_per_frame_depth=true"]
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     undisturbed.mkdir()
     disturbed.mkdir()
