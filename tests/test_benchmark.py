@@ -68,7 +68,7 @@ def test_the_clock_is_right_and_warm_up_is_left_out() -> None:
 def test_an_engine_is_timed_and_compared_with_torch(tmp_path: Path) -> None:
     engine = OnnxRuntime(name="onnxruntime", threads=1)
     export(network(), tmp_path / "small.onnx", ExportOptions())
-    engine.build(tmp_path / "small.onnx", tmp_path / "small.engine")
+    engine.optimise(tmp_path / "small.onnx", tmp_path / "small.engine")
     with engine.load(tmp_path / "small.engine") as session:
         result = benchmark(session, images(3), BenchmarkOptions(), reference=TorchSession(network(), seeded()), items=2)
     summary = result.summary()

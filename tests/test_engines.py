@@ -29,7 +29,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine_file(onnx_file: Path) -> Path:
     path = onnx_file.with_name("small.engine")
-    OnnxRuntime(name="onnxruntime").build(onnx_file, path)
+    OnnxRuntime(name="onnxruntime").optimise(onnx_file, path)
     return path
 
 
@@ -41,7 +41,7 @@ def reference() -> TorchSession:
 @pytest.mark.parametrize("arena", [True, False])
 def test_a_built_engine_gives_the_numbers_of_torch(onnx_file: Path, tmp_path: Path, level: str, arena: bool) -> None:
     engine = OnnxRuntime(name="onnxruntime", optimisation=level, arena=arena)
-    facts = engine.build(onnx_file, tmp_path / "small.engine")
+    facts = engine.optimise(onnx_file, tmp_path / "small.engine")
     with engine.load(tmp_path / "small.engine") as session:
         errors = compare(reference(), session, [images(1), images(2)])
         assert session.inputs == {"images": TensorSpec((2, 3, 32, 32))}
@@ -59,7 +59,7 @@ def test_a_large_engine_keeps_its_weights_beside_it(
     made, final = tmp_path / "made", tmp_path / "final"
     made.mkdir()
     engine = OnnxRuntime(name="onnxruntime")
-    facts = engine.build(onnx_file, made / "small.engine")
+    facts = engine.optimise(onnx_file, made / "small.engine")
     made.rename(final)
     assert facts["bytes"] == sum(file.stat().st_size for file in final.iterdir())
     assert data_file(final / "small.engine").stat().st_size > 10_000
@@ -113,7 +113,7 @@ def test_an_operator_that_the_runtime_lacks_is_named(onnx_file: Path, tmp_path: 
     next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Rectify"
     onnx.save(model, str(tmp_path / "odd.onnx"))
     with pytest.raises(ReconError, match="Rectify"):
-        OnnxRuntime(name="onnxruntime").build(tmp_path / "odd.onnx", tmp_path / "odd.engine")
+        OnnxRuntime(name="onnxruntime").optimise(tmp_path / "odd.onnx", tmp_path / "odd.engine")
 
 
 def test_providers_that_are_not_installed_are_refused() -> None:

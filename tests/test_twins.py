@@ -35,7 +35,7 @@ def test_a_twin_becomes_an_engine_with_the_numbers_of_torch(name: str, tmp_path:
     assert facts["nodes"] < facts["nodes_before"]
     assert set(facts["error_against_torch_fp32"]) == set(network.outputs)
     engine = OnnxRuntime(name="onnxruntime")
-    engine.build(tmp_path / "twin.onnx", tmp_path / "twin.engine")
+    engine.optimise(tmp_path / "twin.onnx", tmp_path / "twin.engine")
     with engine.load(tmp_path / "twin.engine") as session:
         assert session.inputs == network.inputs
         errors = compare(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from recon.engines import Engine, Session
+from recon.engines import Build, Engine, Session
 from recon.errors import ReconError, Refused
+from recon.formats import Inspection
 from recon.machine import MIB, cpu_name, physical_cores, rss_mib
 from recon.network import TensorSpec
 
@@ -70,7 +71,12 @@ class OnnxRuntime(Engine):
 
         return {"onnxruntime": str(onnxruntime.__version__), "provider": PROVIDERS[self.provider], "cpu": cpu_name()}
 
-    def build(self, onnx: Path, out: Path) -> dict[str, Any]:
+    def build(self, source: Build, out: Path) -> dict[str, Any]:
+        assert source.onnx is not None, "built from the written graph"
+        return self.optimise(source.onnx, out)
+
+    def optimise(self, onnx: Path, out: Path) -> dict[str, Any]:
+        """Write ONNX Runtime's own optimised graph of any ONNX file to `out`; returns facts for its manifest."""
         self.check()
         start = time.perf_counter()
         options = self._options(self.optimisation)
@@ -98,6 +104,12 @@ class OnnxRuntime(Engine):
             ReconError: the file is missing or damaged, or the provider is not there.
         """
         return self.open(path, "none")
+
+    def inspect(self, path: Path) -> Inspection:
+        """Every layer of the optimised graph: what it computes in and what its weights are stored as."""
+        from recon.engines.ort.inspection import inspect
+
+        return inspect(path)
 
     def open(self, path: Path, level: str) -> OrtSession:
         """Open any ONNX file, optimised in memory to `level` (a key of LEVELS)."""
