@@ -123,7 +123,9 @@ def _images_txt(model: _Model) -> Iterator[str]:
     yield "# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME; then POINTS2D[] as (X, Y, POINT3D_ID)"
     for number, frame in enumerate(model.scene.frames, 1):
         yield f"{number} {_numbers(_pose(frame))} {model.camera_ids[number - 1]} {frame.name}"
-        yield " ".join(f"{row['xy'][0]:.6f} {row['xy'][1]:.6f} {row['point']}" for row in model.observations[number - 1])
+        yield " ".join(
+            f"{row['xy'][0]:.6f} {row['xy'][1]:.6f} {row['point']}" for row in model.observations[number - 1]
+        )
 
 
 def _points_txt(model: _Model) -> Iterator[str]:

@@ -14,6 +14,8 @@ from recon.handover.scene import Frame, Scene
 
 TOLERANCE = 0.02
 """A point this share of its depth behind the nearest one in its cell still counts as seen."""
+STEEPEST = 5.0
+"""Tangent of the angle of sight to the normal beyond which a surface is treated as no steeper."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ def _seen(scene: Scene, frame: Frame, spacing: float) -> tuple[NDArray[np.int64]
     T_cam_world = invert(frame.T_world_cam)
     pixels, z = project(transform(T_cam_world, scene.points.astype(np.float64)), frame.K)
     inside = _inside(pixels, z, frame)
-    toward = np.einsum("ij,ij->i", scene.normals, frame.T_world_cam[:3, 3] - scene.points)
-    inside &= (toward > 0) | ~scene.normals.any(axis=1)
+    sight = frame.T_world_cam[:3, 3] - scene.points
+    cosine = np.einsum("ij,ij->i", scene.normals, sight) / np.maximum(np.linalg.norm(sight, axis=1), 1e-12)
+    oriented = scene.normals.any(axis=1)
+    inside &= (cosine > 0) | ~oriented
+    slope = np.where(oriented, np.sqrt(np.maximum(1 - cosine**2, 0)) / np.maximum(cosine, 1 / STEEPEST), 1.0)
     cell, nearest = _depth_cells(scene, frame, T_cam_world, spacing)
     index = np.flatnonzero(inside)
     row, column = _cells(pixels[index], cell)
-    visible = z[index] <= nearest[row, column] * (1 + TOLERANCE) + 2 * spacing
+    within_cell = slope[index] * z[index] * cell / frame.K[0, 0]  # depth that the point's own surface spans there
+    visible = z[index] <= nearest[row, column] * (1 + TOLERANCE) + 2 * spacing + within_cell
     index = index[visible]
     return index, pixels[index]
 
