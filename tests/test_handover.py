@@ -130,7 +130,7 @@ def test_a_hidden_point_is_not_in_the_track(handed) -> None:
 
 def test_nerfstudio_cameras_look_at_the_points(handed) -> None:
     """Projection as nerfstudio does it: OpenGL axes, -z ahead, y up, pixel centres at +0.5; seed PLY as it is."""
-    folder, views, origin = handed
+    folder, _, origin = handed
     document = json.loads((folder / "transforms.json").read_text())
     o3d = open3d()
     seed = o3d.io.read_point_cloud(str(folder / document["ply_file_path"]))

@@ -1,12 +1,13 @@
 """Initial Gaussians as a PLY in the layout of INRIA's code (Kerbl et al., SIGGRAPH 2023, `scene/gaussian_model.py`).
 
-One Gaussian per point of the map: SH degree 0 from its colour, scale from the distance to its neighbours, flat along its
-normal. The values are stored before their activations: scales as logarithms, opacity as a logit, quaternions w x y z.
+One Gaussian per point of the map: SH degree 0 from its colour, scale from the distance to its neighbours, flat along
+its normal. The values are stored before their activations: logarithms of scales, logit of opacity, quaternions w x y z.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ def write_gaussians(path: Path, scene: Scene, options: HandoverOptions) -> dict[
     ]  # fmt: skip
     radius = neighbour_distance(scene.points.astype(np.float64))
     scales = np.log(radius)[:, None] + np.log([1.0, 1.0, options.flatness])
-    columns = [
+    columns: list[NDArray[Any]] = [
         scene.points,
         scene.normals,
         (scene.colors / 255.0 - 0.5) / SH_C0,
@@ -57,7 +58,7 @@ def neighbour_distance(points: Array) -> NDArray[np.float64]:
 
 
 def rotations_to(normals: Array) -> Array:
-    """[N,4] unit quaternions (w, x, y, z) that take the z axis to each normal [N,3] the short way; 1 where it is zero."""
+    """[N,4] unit quaternions (w, x, y, z) that take the z axis to each normal [N,3] the short way; zero normals give 1."""
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     n = np.where(length > 0, normals / np.maximum(length, 1e-12), (0.0, 0.0, 1.0))
     q = np.stack([1 + n[:, 2], -n[:, 1], n[:, 0], np.zeros(len(n))], axis=1)

@@ -1,7 +1,7 @@
 """nerfstudio's transforms.json: a pinhole camera and a camera-to-world matrix per image, and the seed points.
 
-Format: nerfstudio documentation, "Data conventions". Camera axes are OpenGL's (x right, y up, z backward), pixel centres
-lie at +0.5, the world is the map's own: the seed PLY needs no transform.
+Format: nerfstudio documentation, "Data conventions". Camera axes are OpenGL's (x right, y up, z backward), pixel
+centres lie at +0.5, the world is the map's own: the seed PLY needs no transform.
 """
 
 from __future__ import annotations

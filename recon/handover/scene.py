@@ -35,7 +35,7 @@ class Frame:
     crop: tuple[int, int] = (0, 0)
 
     @property
-    def T_world_cam(self) -> Array:
+    def T_world_cam(self) -> Array:  # noqa: N802 - the name it has everywhere
         return self.source.T_world_cam
 
     @property
