@@ -1,0 +1,172 @@
+"""Stage `depth`: the depth network over a source, without map and poses, shown as video beside its input.
+
+`depth_video/<camera>.mp4` has input and coloured depth side by side, `depth_video/all.mp4` every camera at once. The
+type of the depth is kept: disparity is shown as disparity, without inversion. Colours follow running percentiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recon.config import Config
+from recon.console import track
+from recon.depthvideo.keep import DepthFiles
+from recon.depthvideo.recorder import Recorder
+from recon.errors import ReconError
+from recon.geometry.views import DepthImage, View
+
+if TYPE_CHECKING:
+    from recon.engines import Session
+
+log = logging.getLogger(__name__)
+FAILURES_IN_A_ROW = 20
+"""So many frames in a row without depth end the run: the network is broken, not the frame."""
+Predicted = tuple[DepthImage | None, float, str]
+
+
+@dataclass
+class DepthResult:
+    """What the stage found out: one row per camera and frame; files written; whether a person ended it."""
+
+    type: str
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped: str = ""
+    files: list[Path] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, Any]:
+        """The part of metrics.json that this stage answers for."""
+        lost = Counter(row["lost"] for row in self.frames if row["lost"])
+        return {
+            "depth_type": self.type,
+            "frames_seen": len(self.frames),
+            "frames_lost": dict(lost),
+            "stopped": self.stopped or "end of the source",
+            "seconds": self.seconds,
+            **{name.removeprefix("depth/"): value for name, value in self.summary().items()},
+            "frames": self.frames,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Single values for the tracker: latency of the depth network per frame, frames per second of the stage."""
+        times = [row["ms_depth"] for row in self.frames if not row["lost"]]
+        found = {"depth/frames": float(len(times))}
+        if times:
+            found |= {f"depth/latency_ms_p{p}": float(np.percentile(times, p)) for p in (50, 99)}
+            found["depth/frames_per_s"] = len(times) / max(self.seconds, 1e-9)
+        return found
+
+    def outcome(self) -> str:
+        """One line for the table at the end."""
+        lost = sum(bool(row["lost"]) for row in self.frames)
+        rate = self.summary().get("depth/frames_per_s", 0.0)
+        ended = f", {self.stopped}" if self.stopped else ""
+        return f"{len(self.frames) - lost} frames of {self.type}, {lost} lost, {rate:.1f} frames/s{ended}"
+
+
+def depth_videos(config: Config, session: Session | None, folder: Path) -> DepthResult:
+    """Run the depth network over the bootstrap frames and the stream of the source, and write the videos.
+
+    A frame that the network fails on is shown without depth, counted and named. Ctrl-C ends the stage where it is and
+    leaves finished files: a live source has no other end.
+
+    Raises:
+        ReconError: the source gives no frame, the network fails on every frame, or the disk is full.
+    """
+    source, result = config.source, DepthResult(config.depth.type)
+    cameras = source.cameras()
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(config.depth.workers or len(cameras), "depth"))
+        recorder = stack.enter_context(Recorder(folder / "depth_video", cameras, config.depth.type, config.depth_video))
+        keep = DepthFiles(folder / "depth_raw", config.depth.type, config.depth_video.save)
+        batches = _predicted(_batches(config), pool, config, session)
+        total = (len(source) + 1 + config.depth.every - 1) // config.depth.every if len(source) else 0
+        try:
+            for views, predictions in track(batches, "Depth", total):
+                _one_batch(views, predictions, recorder, keep, result)
+        except KeyboardInterrupt:
+            result.stopped = "interrupted"
+            pool.shutdown(cancel_futures=True)
+        _require_depth(result)
+        result.files = [*recorder.close(), *keep.close()]
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def _batches(config: Config) -> Iterator[list[View]]:
+    everything = chain([config.source.bootstrap()], config.source.batches())
+    return (views for step, views in enumerate(everything) if step % config.depth.every == 0)
+
+
+def _predicted(
+    batches: Iterator[list[View]], pool: ThreadPoolExecutor, config: Config, session: Session | None
+) -> Iterator[tuple[list[View], list[Predicted]]]:
+    """Batches with their depth. The next one is in the network while this one is drawn and encoded."""
+
+    def predict(view: View) -> Predicted:
+        start = time.perf_counter()
+        try:
+            found, why = config.depth.predict(view, session), ""
+        except Exception as error:  # one frame must not end a live run; what failed is logged, counted and shown
+            found, why = None, f"{type(error).__name__}: {error}"
+        return found, (time.perf_counter() - start) * 1e3, why
+
+    waiting: tuple[list[View], list[Future[Predicted]]] | None = None
+    for views in batches:
+        sent = views, [pool.submit(predict, view) for view in views]
+        if waiting is not None:
+            yield waiting[0], [future.result() for future in waiting[1]]
+        waiting = sent
+    if waiting is not None:
+        yield waiting[0], [future.result() for future in waiting[1]]
+
+
+def _one_batch(
+    views: list[View], predictions: list[Predicted], recorder: Recorder, keep: DepthFiles, result: DepthResult
+) -> None:
+    shown = []
+    for view, (depth, ms, why) in zip(views, predictions, strict=True):
+        if depth is not None and not np.isfinite(depth).any():
+            depth, why = None, "no finite value"
+        if why:
+            log.warning("camera %s, frame %d: no depth: %s", view.camera, view.frame, why)
+        span = recorder.draw(view, depth)
+        if depth is not None:
+            keep.add(view, depth)
+        row = {"camera": view.camera, "frame": view.frame, "time_s": view.time_s, "ms_depth": round(ms, 3)}
+        result.frames.append({**row, "lost": why, **span})
+        shown.append(view)
+    recorder.show(shown)
+    last = result.frames[-FAILURES_IN_A_ROW:]
+    if len(last) == FAILURES_IN_A_ROW and all(row["lost"] for row in last):
+        raise ReconError(
+            f"the depth network failed on {FAILURES_IN_A_ROW} frames in a row, last with: {last[-1]['lost']}",
+            "compare with engine=torch precision=fp32, or choose another depth=",
+        )
+
+
+def _require_depth(result: DepthResult) -> None:
+    if not result.frames:
+        raise ReconError(
+            "the source gave no frame", "check source.views, source.frame_step and the files of the source"
+        )
+    if all(row["lost"] for row in result.frames):
+        raise ReconError(
+            f"no frame got depth; the last failed with: {result.frames[-1]['lost']}",
+            "compare with engine=torch precision=fp32, or choose another depth=",
+        )
+
+
+__all__ = ["DepthResult", "depth_videos"]
