@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recon.artifact import Manifest, read_manifest, verify
+from recon.artifact import read_manifest
 from recon.benchmark import BenchmarkResult, append_csv, benchmark, benchmark_folder, csv_row
-from recon.config import option
 from recon.console import steps
-from recon.engines import Engine
 from recon.errors import ReconError
-from recon.store import Store
+from recon.store import Store, engine_manifest, open_engine
 
 if TYPE_CHECKING:
-    from recon.engines import Session
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +64,8 @@ def _of_networks(store: Store) -> dict[str, BenchmarkResult]:
 def _of_files(store: Store, files: list[Path]) -> dict[str, BenchmarkResult]:
     """Built engine files, each opened for its own turn, on synthetic input."""
     options = store.config.benchmark
-    manifests = {file: _checked(file) for file in files}
-    entries = [(file.name, lambda file=file: _open(file, manifests[file])) for file in files]
+    manifests = {file: engine_manifest(file) for file in files}
+    entries = [(file.name, lambda file=file: open_engine(file, manifests[file])) for file in files]
     with steps("Timing engines", len(files) * (options.warmup + options.iterations)) as tick:
         found = benchmark_folder(entries, options, tick=tick)
     failures = [error for error in found.values() if isinstance(error, ReconError)]
@@ -93,25 +91,6 @@ def _below(root: Path) -> list[Path]:
     if not found:
         raise ReconError(f"benchmark.root={root}: no engine with a manifest below it", "build some with stages=[build]")
     return found
-
-
-def _checked(file: Path) -> Manifest:
-    """The manifest of an engine file, after its hashes have been checked."""
-    manifest = read_manifest(file)
-    if manifest.kind != "engine":
-        raise ReconError(
-            f"{file}: is of kind {manifest.kind!r}, not an engine", "give a file that stages=[build] wrote"
-        )
-    verify(file.parent, manifest)
-    return manifest
-
-
-def _open(file: Path, manifest: Manifest) -> Session:
-    """A session by the engine option that built the file, with the settings that it was built with."""
-    settings = dict(manifest.effective["engine"])
-    engine = option("engine", settings.pop("name"))
-    assert isinstance(engine, Engine)
-    return replace(engine, **settings).load(file)
 
 
 def _record(store: Store, network: str, axes: dict[str, str], engine: str, result: BenchmarkResult) -> None:

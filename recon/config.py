@@ -28,6 +28,7 @@ from recon.errors import ReconError, Refused
 from recon.export import ExportOptions
 from recon.fusion import Fusion
 from recon.live.align import Align
+from recon.live.stream import StreamOptions
 from recon.models import Model
 from recon.options import DepthVideoOptions, HandoverOptions, RerunOptions, check_viewer
 from recon.precision import Precision
@@ -96,6 +97,7 @@ class Config:
     fusion: Fusion = MISSING
     tracking: Tracking = MISSING
     align: Align = field(default_factory=Align)
+    stream: StreamOptions = field(default_factory=StreamOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
@@ -248,6 +250,7 @@ def check(config: Config) -> None:
         component.check()
     for options in (
         config.align,
+        config.stream,
         config.export,
         config.calibration,
         config.accuracy,

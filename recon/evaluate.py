@@ -22,7 +22,7 @@ def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
     Metrics that need a known scale are left out, with the reason, when the map's unit is arbitrary.
     """
     found: dict[str, Any] = dict(result.depth_scores.mean())
-    found["depth_frames_judged"] = len(result.depth_scores.frames)
+    found["depth_frames_judged"] = result.depth_scores.count
     surface = load_reference(config.evaluate.reference) if config.evaluate.reference else config.source.surface()
     if result.scale.unit != "m":
         found["not_judged"] = "the map's unit is arbitrary, so it cannot be compared with lengths in metres"

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recon.artifact import seal, write_atomic
 from recon.config import STAGES, Config
 from recon.errors import ReconError
+from recon.live.pool import DepthAnythingPool
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
 from recon.report import write_report
 from recon.store import Store, built, calibrated, exported
@@ -139,17 +141,29 @@ def depth(run: Run) -> str:
 
 def reconstruct(run: Run) -> str:
     """Bootstrap a map from one view per camera, then stream, align and fuse the rest."""
-    with ExitStack() as sessions:
-        bootstrap_session, depth_session = (run.store.session(role, sessions) for role in ("model", "depth"))
-        artifact = bootstrap_artifact(run.store, bootstrap_session)
-        result = reconstruct_scene(run.config, artifact, depth_session, run.folder)
+    config, store = run.config, run.store
+    workers = config.depth.workers or len(config.source.cameras())
+    with ExitStack() as stack:
+        session = store.session("model", stack)
+        found = bootstrap_artifact(store, session)
+        depth = partial(store.open, "depth")
+        # room for all batches in flight, so that handing one in never waits
+        waiting = max(2, config.stream.ahead) * len(
+            config.source.cameras()
+        )
+        pool = stack.enter_context(
+            DepthAnythingPool(depth, workers=workers, waiting=waiting, predict=config.depth.predict)
+        )
+        again = partial(config.model.bootstrap, scale=found[1].scale, session=session)
+        result = reconstruct_scene(config, found, pool, again, run.folder)
     run.reconstruction = result
     run.metrics |= result.metrics()
     run.record.metrics |= result.summary()
     run.record.series |= result.series()
     run.record.files += result.files
-    fused, seen = result.accepted, len(result.frames)
-    return f"{fused} of {seen} frames fused, {result.map_stats['points']:.0f} points, unit {result.scale.unit}"
+    fused, seen, points = result.log.accepted, result.log.seen, result.map_stats["points"]
+    stopped = f", stopped by {by}" if (by := result.stream["stopped_by"]) else ""
+    return f"{fused} of {seen} frames fused, {points:.0f} points, unit {result.scale.unit}{stopped}"
 
 
 def handover(run: Run) -> str:

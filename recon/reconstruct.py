@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,18 @@ from recon.console import busy, track
 from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
-from recon.geometry.views import Bootstrap, Scale
+from recon.geometry.views import Bootstrap, Scale, View
 from recon.keyframes import KeyframeWriter
+from recon.live.framelog import FrameLog
 from recon.live.scores import DepthScores
+from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
 from recon.store import Store
 
 if TYPE_CHECKING:
     from recon.engines import Session
     from recon.fusion import Map
+    from recon.live.pool import DepthAnythingPool
 
 log = logging.getLogger(__name__)
 BOOTSTRAP_VERSION = "bootstrap.1"
@@ -44,14 +47,17 @@ class Reconstruction:
     bootstrap_reused: bool
     fused: Map
     depth_scores: DepthScores
-    frames: list[dict[str, Any]] = field(default_factory=list)
+    log: FrameLog
+    stream: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     map_stats: dict[str, float] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
     @property
-    def accepted(self) -> int:
-        return sum(frame["accepted"] for frame in self.frames)
+    def frames(self) -> list[dict[str, Any]]:
+        """Rows of the frames, the first ones of a long run; frames.jsonl has all."""
+        found: list[dict[str, Any]] = self.log.metrics()["frames"]
+        return found
 
     def metrics(self) -> dict[str, Any]:
         """The part of metrics.json that this stage answers for."""
@@ -65,28 +71,23 @@ class Reconstruction:
                 "reused": self.bootstrap_reused,
                 **self.bootstrap.notes,
             },
-            "frames_seen": len(self.frames),
-            "frames_fused": self.accepted,
-            "frames_rejected": dict(Counter(frame["reason"] for frame in self.frames if not frame["accepted"])),
             "seconds": self.seconds,
-            "frames": self.frames,
+            "stream": self.stream,
+            **self.log.metrics(),
         }
 
     def summary(self) -> dict[str, float]:
         """Single values for the tracker."""
-        seen = max(len(self.frames), 1)
-        values = {"align/accepted_share": self.accepted / seen, "recon/frames": float(len(self.frames))}
+        seen = max(self.log.seen, 1)
+        values = {"align/accepted_share": self.log.accepted / seen, "recon/frames": float(self.log.seen)}
         values |= {f"recon/{name}": value for name, value in self.map_stats.items()}
+        times = self.log.metrics()["ms"]
+        values |= {f"stream/{part}_ms_{name}": value for part, found in times.items() for name, value in found.items()}
         return values | {f"time/{name}_s": value for name, value in self.seconds.items()}
 
     def series(self) -> dict[str, list[float]]:
         """Values by frame for the tracker, one series per camera and quantity."""
-        found: dict[str, list[float]] = {}
-        for frame in self.frames:
-            for name in ("s", "t", "inlier_5pct", "resid_med_pct", "ms_depth", "ms_render", "ms_align", "ms_fuse"):
-                if isinstance(value := frame.get(name), (int, float)) and np.isfinite(value):
-                    found.setdefault(f"align/{frame['camera']}_{name}", []).append(float(value))
-        return found
+        return self.log.series()
 
 
 def bootstrap_key(store: Store) -> str:
@@ -123,29 +124,40 @@ def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact,
 
 
 def reconstruct_scene(
-    config: Config, found: tuple[Artifact, Bootstrap], session: Session | None, folder: Path
+    config: Config,
+    found: tuple[Artifact, Bootstrap],
+    pool: DepthAnythingPool,
+    again: Callable[[list[View]], Bootstrap],
+    folder: Path,
 ) -> Reconstruction:
-    """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder."""
+    """Fuse the bootstrap, stream the rest, write the maps and the calibration into the run folder.
+
+    pool: depth workers. again: bootstraps anew from posed views, used only with stream.rebootstrap_after.
+    """
     artifact, bootstrap = found
     start = time.perf_counter()
     fused, anchor = (_bootstrap_map(config, bootstrap) for _ in range(2))
-    result = Reconstruction(
-        bootstrap.scale,
-        config.depth.type,
-        config.fusion.name,
-        bootstrap,
-        artifact.reused,
-        fused,
-        DepthScores(bootstrap.scale),
-    )
-    result.seconds["bootstrap_fuse"] = time.perf_counter() - start
-    _write_points(result, folder / "bootstrap_map.ply")
-    start = time.perf_counter()
-    streamer = Streamer(config.source, config.depth, session, bootstrap, fused, anchor, config.align)
-    _stream(config, streamer, result, folder)
-    result.seconds["stream"] = time.perf_counter() - start
-    with busy("Writing the map"):
-        _write_outputs(config, streamer, result, folder)
+    with FrameLog(folder / "frames.jsonl") as frames:
+        result = Reconstruction(
+            bootstrap.scale,
+            config.depth.type,
+            config.fusion.name,
+            bootstrap,
+            artifact.reused,
+            fused,
+            DepthScores(bootstrap.scale),
+            frames,
+        )
+        result.seconds["bootstrap_fuse"] = time.perf_counter() - start
+        _write_points(result, folder / "bootstrap_map.ply")
+        start = time.perf_counter()
+        streamer = Streamer(config.source, config.depth, pool, bootstrap, fused, anchor, config.align, config.stream)
+        streamer.again = lambda views: _bootstrap_again(config, streamer, views, again)
+        _stream(config, streamer, result, folder)
+        result.seconds["stream"] = time.perf_counter() - start
+        with busy("Writing the map"):
+            result.files.append(frames.close())
+            _write_outputs(config, streamer, result, folder)
     return result
 
 
@@ -156,22 +168,61 @@ def _bootstrap_map(config: Config, bootstrap: Bootstrap) -> Map:
     return found
 
 
+def _bootstrap_again(
+    config: Config, streamer: Streamer, views: list[View], again: Callable[[list[View]], Bootstrap]
+) -> tuple[Bootstrap, Map] | None:
+    """A new anchor in the frame of the map: the cameras' present poses tie the new bootstrap to it.
+
+    None, with a warning, where the network's cameras do not fit those poses: then the cameras themselves have moved.
+    """
+    old = streamer.bootstrap
+    known = [
+        replace(view, K=old.K_source[view.camera], T_world_cam=old.T_world_cam[view.camera])
+        if view.T_world_cam is None
+        else view
+        for view in views
+        if view.T_world_cam is not None or view.camera in old.T_world_cam
+    ]
+    try:
+        found = again(known)
+    except ReconError as error:
+        log.warning("bootstrapping anew failed: %s", error)
+        return None
+    if not found.in_source_frame:
+        log.warning("bootstrapping anew failed: the cameras no longer stand where the map has them")
+        return None
+    found = replace(found, scale=old.scale, depth_type=old.depth_type, in_source_frame=old.in_source_frame)
+    for view in found.views:
+        streamer.fused.integrate(view, streamer.batches)
+    return found, _bootstrap_map(config, found)
+
+
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
     keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
 
     def observe(frame: FrameResult) -> None:
         keyframes.offer(frame.view)
-        result.frames.append(frame.row())
+        result.log.add(frame)
         result.depth_scores.add(frame)
         if config.save_per_frame_depth and frame.depth is not None:
             result.files.append(_write_depth(frame, result.scale, folder))
 
-    for _ in track(streamer.run(observe), "Streaming", len(config.source)):
-        pass
+    with stop_on_signals() as stop:
+        streamer.stop = stop
+        start = time.perf_counter()
+        for _ in track(streamer.run(observe), "Streaming", len(config.source)):
+            pass
+        seconds = time.perf_counter() - start
     result.files += keyframes.close()
-    if result.frames and not result.accepted:
-        reasons = Counter(frame["reason"] for frame in result.frames).most_common(1)[0]
-        log.warning("no frame of the stream was fused; most often: %s (%d of %d)", *reasons, len(result.frames))
+    result.stream = {
+        **streamer.report(),
+        "stopped_by": stop.by,
+        "frames_per_s": result.log.seen / seconds if seconds else 0.0,
+        "latency_budget_ms": config.stream.latency_budget_ms,
+    }
+    if result.log.seen and not result.log.accepted:
+        reason, count = result.log.rejected.most_common(1)[0]
+        log.warning("no frame of the stream was fused; most often: %s (%d of %d)", reason, count, result.log.seen)
 
 
 def _write_depth(frame: FrameResult, scale: Scale, folder: Path) -> Path:

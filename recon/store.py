@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from recon.artifact import Artifact, content_key, obtain
-from recon.config import Config
+from recon.artifact import Artifact, Manifest, content_key, obtain, read_manifest, verify
+from recon.config import Config, option
 from recon.console import busy
-from recon.engines import Build, Session
+from recon.engines import Build, Engine, Session
+from recon.errors import ReconError
 from recon.formats import LayerFormat, Recipe
 from recon.network import Network
 
@@ -131,11 +133,39 @@ class Store:
 
     def session(self, role: str, stack: ExitStack) -> Session | None:
         """The running engine of a role, closed with `stack`; None where the option has no network."""
+        found = self.open(role)
+        return stack.enter_context(found) if found is not None else None
+
+    def open(self, role: str) -> Session | None:
+        """The running engine of a role, for the caller to close; None where the option has no network."""
         network = self._networks[role]
         if network is None:
             return None
         path = built(self, network).path if self.config.engine.builds else None
-        return stack.enter_context(self.config.engine.session(network, path, partial(self.recipe, network)))
+        return self.config.engine.session(network, path, partial(self.recipe, network))
+
+
+def open_engine(path: Path, manifest: Manifest | None = None) -> Session:
+    """A session of a built engine file, by the option that built it, with the settings that it was built with.
+
+    Raises:
+        ReconError: the file has no manifest or is no engine. Damaged: its hash is not the manifest's.
+    """
+    settings = dict((manifest or engine_manifest(path)).effective["engine"])
+    engine = option("engine", settings.pop("name"))
+    assert isinstance(engine, Engine)
+    return replace(engine, **settings).load(path)
+
+
+def engine_manifest(path: Path) -> Manifest:
+    """The manifest of an engine file, after its hashes have been checked. Raises as `open_engine`."""
+    manifest = read_manifest(path)
+    if manifest.kind != "engine":
+        raise ReconError(
+            f"{path}: is of kind {manifest.kind!r}, not an engine", "give a file that stages=[build] wrote"
+        )
+    verify(path.parent, manifest)
+    return manifest
 
 
 def exported(store: Store, network: Network) -> Artifact:

@@ -7,6 +7,7 @@ import pytest
 
 from recon.config import option
 from recon.depth.recorded import Recorded
+from recon.live import DepthAnythingPool
 from recon.live.align import Align
 from recon.live.stream import FrameResult, Streamer
 from recon.sources.synthetic import Synthetic
@@ -23,10 +24,11 @@ def streamed(fusion: str, steps: int, **errors: float) -> tuple[list[FrameResult
     for view in bootstrap.views:
         for fused in maps:
             fused.integrate(view, 0)
-    streamer = Streamer(source, depth, None, bootstrap, maps[0], maps[1], Align())
     results: list[FrameResult] = []
-    for _ in streamer.run(results.append):
-        pass
+    with DepthAnythingPool(lambda: None, workers=2, predict=depth.predict) as pool:
+        streamer = Streamer(source, depth, pool, bootstrap, maps[0], maps[1], Align())
+        for _ in streamer.run(results.append):
+            pass
     return results, streamer
 
 

@@ -38,6 +38,11 @@ class Session(ABC):
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The engine's own call, on checked feeds."""
 
+    def sibling(self) -> Session | None:
+        """A further session over the same weights, to run in another thread at the same time; each is closed on its
+        own. None where the engine has to be opened again for that."""
+        return None
+
     @abstractmethod
     def memory_mib(self) -> float:
         """Memory the session holds, MiB."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -199,6 +200,12 @@ class OrtSession(Session):
         if self._first_run_mib is None:
             self._first_run_mib = max(0.0, rss_mib() - before)
         return outputs
+
+    def sibling(self) -> OrtSession:
+        """The same loaded model: ONNX Runtime takes calls from several threads at once."""
+        if self._session is None:
+            raise self.closed_error()
+        return copy(self)
 
     def memory_mib(self) -> float:
         """Weights as loaded (at least the file) plus the arena.

@@ -135,6 +135,11 @@ class CameraAligner:
             self.last_accepted_frame, self.accepted = frame, self.accepted + 1
         return AlignResult(not reason, self.s, self.t, reason, self._diagnostics(found, overlap, weight, reason))
 
+    def skip(self, reason: str) -> AlignResult:
+        """A frame that has no depth to align: the pair in use is held."""
+        self.frames += 1
+        return AlignResult(False, self.s, self.t, reason, {})
+
     def to_depth(self, prediction: DepthImage) -> DepthImage:
         """[H,W] float32 depth in map units by the pair in use; 0 where not positive, beyond `far`, or not predicted.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from recon.geometry.metrics import depth_metrics
 from recon.geometry.views import Scale
 from recon.live.stream import FrameResult
@@ -19,7 +17,8 @@ class DepthScores:
     """
 
     scale: Scale
-    frames: list[dict[str, float]] = field(default_factory=list)
+    count: int = 0
+    _sums: dict[str, float] = field(default_factory=dict, init=False)
 
     def add(self, frame: FrameResult) -> None:
         """Score one frame, where it was fused and has recorded depth."""
@@ -28,10 +27,10 @@ class DepthScores:
             return
         mask = (frame.depth > 0) & (truth > 0)
         if mask.any():
-            self.frames.append(depth_metrics(frame.depth, truth, mask))
+            self.count += 1
+            for name, value in depth_metrics(frame.depth, truth, mask).items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
 
     def mean(self) -> dict[str, float]:
         """Mean over frames of every metric, prefixed `depth_`; empty where nothing was scored."""
-        if not self.frames:
-            return {}
-        return {f"depth_{name}": float(np.mean([frame[name] for frame in self.frames])) for name in self.frames[0]}
+        return {f"depth_{name}": total / self.count for name, total in self._sums.items()}
