@@ -12,11 +12,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.geometry.cameras import invert
 from recon.sources.images import Images
-from recon.sources.videos import Videos
-from recon.sources.webcams import Webcams, quote_devices
+from recon.sources.webcams import quote_devices
 
 SIZE = (40, 30)
 K = np.array([[35.0, 0, 19.5], [0, 35.0, 14.5], [0, 0, 1]])
@@ -322,13 +321,6 @@ def test_a_truncated_frame_of_the_stream_is_named_when_it_is_met(folder: Path) -
     source.validate()
     with pytest.raises(ReconError, match=r"f2\.png: cannot be decoded"):
         list(source.batches())
-
-
-def test_videos_and_webcams_are_refused_in_one_sentence() -> None:
-    for source in (Videos(name="videos", path="x"), Webcams(name="webcams")):
-        for call in (source.check, source.bootstrap, source.cameras):
-            with pytest.raises(Refused, match="not part of this version"):
-                call()
 
 
 @pytest.mark.parametrize(

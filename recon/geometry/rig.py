@@ -78,10 +78,14 @@ class Rig:
         )
         return own[0] if still else None
 
-    def of_image(self, camera: str, stem: str) -> RigEntry | None:
-        """The entry of one image of a camera that moves, or None where the file leaves it out."""
-        exact = [key for key in self.entries if PurePosixPath(key).parts[-2:] == (camera, stem)]
-        return self.entries[exact[0]] if exact else None
+    def images(self, camera: str) -> dict[str, Array]:
+        """T_world_cam of the images of a camera that moves, by the stem of their files."""
+        paths = ((PurePosixPath(key), entry) for key, entry in self.entries.items())
+        return {
+            path.name: entry.T_world_cam
+            for path, entry in paths
+            if path.parent.name == camera and entry.T_world_cam is not None
+        }
 
     def lens(self, camera: str) -> Lens | None:
         """The optics of a camera: those of its own entry, or of any of its images."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.component import Component
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.geometry.views import Scale, View
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from recon.geometry.rig import Baseline, Rig
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Surface:
 @dataclass
 class Source(Component):
     """Several cameras over time: `bootstrap()` gives one view per camera, `batches()` a list of views per time step."""
+
+    live: ClassVar[bool] = False  # frames come whether or not anyone takes them: the newest one wins
 
     views: list[str] = field(default_factory=list)
     """Cameras to use, by name; empty = all."""
@@ -84,27 +89,79 @@ class Source(Component):
         """Ground-truth surface, where the source has one."""
         return None
 
+    def baseline(self) -> Baseline | None:
+        """A measured distance between two cameras, where the source knows one."""
+        return None
 
-class Planned(Source):
-    """A source that composes but is not part of this version: `check` refuses it, and so does every method."""
+    def report(self) -> dict[str, Any]:
+        """What happened while frames were read, as plain data: lost and dropped frames, skew, stalls, per camera."""
+        return {}
 
-    def cameras(self) -> list[str]:
-        self._refuse()
 
-    def bootstrap(self) -> list[View]:
-        self._refuse()
+@dataclass
+class Calibrated(Source):
+    """A source of real cameras: what is known of their optics and poses, and how far their clocks may differ."""
 
-    def batches(self) -> Iterator[list[View]]:
-        self._refuse()
+    intrinsics: str | None = None
+    """NPZ with K [cameras,3,3] or [3,3] in pixels; optional camera_names, width, height, distortion, fisheye."""
+    poses: str | None = None
+    """NPZ with T_world_cam (or T_cam_world), [cameras,4,4] (fixed), or [cameras,frames,4,4] for images; OpenCV axes."""
+    poses_unit: str = "m"
+    """Unit of the poses' translations: m or arbitrary. Poses in metres make the map metric."""
+    rig: str | None = None
+    """Optics, distortion and poses in one file: .npz, TOML (caliscope), transforms.json (nerfstudio), COLMAP folder."""
+    rig_unit: str | None = None
+    """m or arbitrary: overrides what the rig file says of its unit; null believes the file."""
+    max_skew_ms: float = 50.0
+    """Frames of one batch are at most this far apart in time, ms; frames without partner go on alone."""
 
-    def __len__(self) -> int:
-        self._refuse()
-
-    def content_key(self) -> str:
-        self._refuse()
+    def check(self) -> None:
+        super().check()
+        if self.poses_unit not in ("m", "arbitrary"):
+            raise ReconError(
+                f"source.poses_unit={self.poses_unit}: m or arbitrary", "m if the translations are in metres"
+            )
+        if self.rig_unit not in (None, "m", "arbitrary"):
+            raise ReconError(f"source.rig_unit={self.rig_unit}: m, arbitrary or null", "m if the file is in metres")
+        if self.rig_unit and not self.rig:
+            raise ReconError(
+                f"source.rig_unit={self.rig_unit} without source.rig", "give the rig file, or leave it out"
+            )
+        if not self.max_skew_ms >= 0:
+            raise ReconError(f"source.max_skew_ms={self.max_skew_ms}: must not be negative", "50 is 50 milliseconds")
 
     def scale(self) -> Scale:
-        self._refuse()
+        if self.poses:
+            return Scale("m", "known poses") if self.poses_unit == "m" else Scale()
+        rig = self._rig()
+        return rig.scale if rig is not None else Scale()
 
-    def _refuse(self) -> NoReturn:
-        raise Refused(f"source={self.name}: {self.not_built}", "source=images reads folders of frames")
+    def baseline(self) -> Baseline | None:
+        rig = self._rig()
+        return rig.baseline if rig is not None else None
+
+    def _rig(self) -> Rig | None:
+        from recon.geometry.rig_files import read_rig
+
+        return read_rig(Path(self.rig), self.rig_unit) if self.rig else None
+
+
+@dataclass
+class Recording(Calibrated):
+    """Cameras that were recorded to files."""
+
+    timestamps: str | None = None
+    """CSV with camera, time_s and optional frame or sync_index: capture times of the frames, on one clock."""
+    start_s: float = 0.0
+    """Leave out what was taken earlier, in seconds after the first frame of the cameras in use."""
+    end_s: float | None = None
+    """Leave out what was taken later, in seconds after the first frame; null = to the end."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.start_s >= 0:
+            raise ReconError(f"source.start_s={self.start_s}: must not be negative", "0 is the first frame")
+        if self.end_s is not None and not self.end_s > self.start_s:
+            raise ReconError(
+                f"source.end_s={self.end_s}: must be later than source.start_s={self.start_s}", "null plays to the end"
+            )

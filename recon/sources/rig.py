@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from recon.errors import ReconError
+from recon.geometry.distortion import Lens
+from recon.geometry.rig import make_lens
+from recon.geometry.rig_files import read_npz
 from recon.geometry.views import Array
 from recon.sources import Source
-
-NPZ_REMEDY = "write it with numpy.savez, plain arrays only"
 
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """K [3,3] per camera name, and the image size (width, height) that each belongs to, where the file says so."""
+    """Per camera name: K [3,3], the lens with it, and the image size (width, height) where the file says so."""
 
     K: dict[str, Array]
     size: dict[str, tuple[int, int]]
+    lens: dict[str, Lens]
 
 
 def choose(source: Source, available: Sequence[str]) -> list[str]:
@@ -57,7 +58,7 @@ def read_intrinsics(path: Path, available: Sequence[str], cameras: Sequence[str]
     """K of every camera in `cameras`.
 
     The file: K [N,3,3] or [3,3] (all cameras alike); `camera_names` [N], without which the N are `available` in order;
-    `width` and `height` (numbers or [N]), optional.
+    `width` and `height` (numbers or [N]), `distortion` ([N,4|5|8] or [4|5|8]) and `fisheye` (number or [N]), optional.
 
     Raises:
         ReconError: unreadable or pickled file, wrong shape, count or name, or a matrix that is no K.
@@ -75,7 +76,7 @@ def read_intrinsics(path: Path, available: Sequence[str], cameras: Sequence[str]
     if "width" in data and "height" in data:
         widths, heights = (np.broadcast_to(np.asarray(data[key]).ravel(), len(names)) for key in ("width", "height"))
         size = {name: (int(widths[row]), int(heights[row])) for name, row in where.items()}
-    return Intrinsics(K, size)
+    return Intrinsics(K, size, _lenses(data, path, len(names), where, K, size))
 
 
 def read_poses(path: Path, available: Sequence[str], frames: dict[str, int]) -> dict[str, Array]:
@@ -114,23 +115,23 @@ def read_poses(path: Path, available: Sequence[str], frames: dict[str, int]) -> 
     return poses
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an NPZ file. Objects are refused: loading them would run code from the file."""
-    if not path.is_file():
-        raise ReconError(f"{path}: no such file", "give an existing .npz")
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise ReconError(f"{path}: a single array, not an .npz archive", NPZ_REMEDY)
-            return {key: data[key] for key in data.files}
-    except ValueError as error:
-        if "pickle" in str(error).lower():
-            raise ReconError(
-                f"{path}: holds pickled Python objects, which are not loaded: they can run code", NPZ_REMEDY
-            ) from error
-        raise ReconError(f"{path}: cannot be read: {error}", NPZ_REMEDY) from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ReconError(f"{path}: cannot be read: {error}", NPZ_REMEDY) from error
+def _lenses(
+    data: dict[str, np.ndarray],
+    path: Path,
+    count: int,
+    where: dict[str, int],
+    K: dict[str, Array],
+    size: dict[str, tuple[int, int]],
+) -> dict[str, Lens]:
+    bend = np.asarray(data.get("distortion", np.zeros((count, 0))))
+    if bend.dtype.kind not in "fiu" or bend.ndim not in (1, 2) or (bend.ndim == 2 and len(bend) != count):
+        raise ReconError(f"{path}: distortion is {bend.dtype}{list(bend.shape)}", "[cameras,4], 5 or 8 coefficients")
+    rows = np.broadcast_to(bend, (count, bend.shape[-1])).astype(np.float64)
+    fisheye = np.broadcast_to(np.asarray(data.get("fisheye", False)).ravel(), count)
+    return {
+        name: make_lens(K[name], rows[row], bool(fisheye[row]), size.get(name), f"{path}, camera {name}")
+        for name, row in where.items()
+    }
 
 
 def _array(data: dict[str, np.ndarray], key: str, path: Path, needed: str) -> Array:

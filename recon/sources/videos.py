@@ -1,26 +1,279 @@
-"""Video files, one per camera."""
+"""Video files, one per camera, put together by their time stamps."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import MISSING
 
-from recon.sources import Planned
+from recon.errors import ReconError
+from recon.geometry.views import View
+from recon.sources import Recording
+
+if TYPE_CHECKING:
+    from recon.sources.calibration import Calibration
+    from recon.sources.decode import Item
+    from recon.sources.state import CameraState
+    from recon.sources.timeline import Moment, Timeline
+    from recon.sources.videofiles import VideoIndex
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
-class Videos(Planned):
-    """DIR/<camera>.{mp4,mkv,avi,mov}: one file per camera, played in step."""
+class Videos(Recording):
+    """DIR/<camera>.<any container>, DIR/<camera>/<one file>, or one file: played together, whatever their frame rates.
 
-    not_built: ClassVar[str] = "decoding video files is not part of this version"
+    Times are those of the container, or of a CSV. Frames within `max_skew_ms` make a batch; the first batch in which
+    every camera has a good frame bootstraps the map and the later ones are the stream. It goes on when a camera ends
+    early or a part of a file is damaged; `report()` says what was lost. Frames of phones are turned upright, so
+    intrinsics belong to the upright image.
+    """
 
     path: str = MISSING
-    """Folder with one video per camera; the stem is the camera's name."""
-    intrinsics: str | None = None
-    """NPZ with K [cameras,3,3] or [3,3] in pixels, optional camera_names, width, height."""
-    poses: str | None = None
-    """NPZ with T_world_cam (or T_cam_world) [cameras,4,4]; OpenCV axes."""
-    poses_unit: str = "m"
-    """Unit of the poses' translations: m or arbitrary."""
+    """Folder with one video or one folder per camera; stem or folder name is the camera's name. Or one video."""
+    start_together: bool = False
+    """Count the time of every container from its own first frame: for recorders whose clocks are unrelated."""
+    ahead: int = 4
+    """Frames that each camera's decoder may be ahead of the map."""
+
+    def __post_init__(self) -> None:
+        self._start: tuple[int, list[View]] | None = None  # number of the bootstrap's moment, and its views
+        self._states: dict[str, CameraState] = {}
+        self._skew: dict[str, Any] = {}
+
+    def check(self) -> None:
+        super().check()
+        if self.ahead < 1:
+            raise ReconError(f"source.ahead={self.ahead}: must be at least 1", "4 is enough to hide decoding")
+        if self.start_together and self.timestamps:
+            raise ReconError("source.start_together=true with source.timestamps: two sources of time", "leave one out")
+
+    def validate(self) -> None:
+        """Every file indexed and its first frame decoded, time stamps and calibration in full, the bootstrap found."""
+        self._calibration()
+        self.bootstrap()
+
+    def cameras(self) -> list[str]:
+        return list(self._files())
+
+    def bootstrap(self) -> list[View]:
+        return self._bootstrap()[1]
+
+    def batches(self) -> Iterator[list[View]]:
+        from recon.sources.timeline import skew
+
+        plan = self._stream()
+        states = self._fresh_states()
+        self._skew = skew(plan, len(states)) | {"batches": 0}
+        for views in self._read(plan, states):
+            for view in views:
+                states[view.camera].delivered += 1
+            if views:
+                self._skew["batches"] += 1
+                yield views
+
+    def __len__(self) -> int:
+        return len(self._stream())
+
+    def content_key(self) -> str:
+        digest = hashlib.sha256()
+        for view in self.bootstrap():
+            known = [view.camera, view.frame, view.time_s, view.image.shape]
+            matrices = [None if m is None else m.tolist() for m in (view.K, view.T_world_cam)]
+            digest.update(json.dumps([known, matrices]).encode())
+            digest.update(view.image.tobytes())
+        return digest.hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        return {"cameras": {name: state.report() for name, state in self._states.items()}, "skew_ms": self._skew}
+
+    def _files(self) -> dict[str, Path]:
+        """The video of every camera in use."""
+        from recon.sources.rig import choose
+
+        found = find_videos(Path(self.path))
+        return {name: found[name] for name in choose(self, list(found))}
+
+    def _indices(self) -> dict[str, VideoIndex]:
+        from recon.sources.videofiles import index_video
+
+        return {camera: index_video(path) for camera, path in self._files().items()}
+
+    def _timeline(self) -> Timeline:
+        """Times of all frames of all cameras in use, on one clock."""
+        from recon.sources.timeline import Timeline, assign, read_timestamps
+
+        indices = self._indices()
+        if self.timestamps:
+            rows = read_timestamps(Path(self.timestamps))
+            names = {camera: [""] * len(index) for camera, index in indices.items()}
+            return assign(rows, names, f"source.timestamps={self.timestamps}")
+        times = {camera: index.times for camera, index in indices.items()}
+        if self.start_together:
+            times = {camera: values - values[0] for camera, values in times.items()}
+        return Timeline(times, {camera: index.origin for camera, index in indices.items()})
+
+    def _moments(self) -> list[Moment]:
+        from recon.sources.timeline import moments
+
+        times = self._timeline().times
+        first = min((float(np.nanmin(values)) for values in times.values() if np.isfinite(values).any()), default=0.0)
+        last = first + self.end_s if self.end_s is not None else np.inf
+        found = moments(times, self.max_skew_ms / 1e3)
+        return [moment for moment in found if first + self.start_s <= moment.time_s <= last]
+
+    def _stream(self) -> list[Moment]:
+        later = self._moments()[self._bootstrap()[0] + self.frame_step :: self.frame_step]
+        return later[: self.max_batches] if self.max_batches else later
+
+    def _bootstrap(self) -> tuple[int, list[View]]:
+        """The first moment in which every camera has a good frame, and its views."""
+        if self._start is None:
+            found = self._moments()
+            whole = [number for number, moment in enumerate(found) if len(moment.frames) == len(self.cameras())]
+            if not whole:
+                raise ReconError(
+                    f"source.path={self.path}: at no time do all {len(self.cameras())} cameras have a frame within "
+                    f"source.max_skew_ms={self.max_skew_ms:g}: {self._spans()}",
+                    "raise source.max_skew_ms, give source.timestamps on one clock, or source.start_together=true",
+                )
+            states = self._fresh_states()
+            for number, views in zip(whole, self._read([found[number] for number in whole], states), strict=True):
+                if len(views) == len(states):
+                    self._start = number, views
+                    break
+            else:
+                lost = {name: dict(state.lost) for name, state in states.items() if state.lost}
+                raise ReconError(
+                    f"source.path={self.path}: in none of {len(whole)} moments are the frames of all cameras good; "
+                    f"lost: {lost}",
+                    "leave the camera out with source.views, or start later with source.start_s",
+                )
+        return self._start
+
+    def _read(self, plan: list[Moment], states: dict[str, CameraState]) -> Iterator[list[View]]:
+        """The good views of every moment; what is not good is counted."""
+        from recon.sources.decode import Decoders
+        from recon.sources.state import Watch
+
+        watches = {camera: Watch() for camera in states}
+        wanted = {camera: [m.frames[camera] for m in plan if camera in m.frames] for camera in states}
+        with Decoders(self._decoders(wanted), self.ahead) as decoders:
+            for moment in plan:
+                views = []
+                for camera, number in moment.frames.items():
+                    found = decoders.take(camera, number)
+                    look = watches[camera].look(found.image) if isinstance(found, View) else found
+                    if isinstance(found, View) and look != "black":
+                        states[camera].frozen += look == "frozen"
+                        views.append(found)
+                    else:
+                        states[camera].lose(look, number)
+                yield views
+
+    def _decoders(self, wanted: dict[str, list[int]]) -> dict[str, Callable[[], Iterator[Item]]]:
+        indices, calibration, times = self._indices(), self._calibration(), self._timeline().times
+        return {
+            camera: partial(_views, camera, indices[camera], numbers, calibration, times[camera])
+            for camera, numbers in wanted.items()
+        }
+
+    def _calibration(self) -> Calibration:
+        from recon.sources.calibration import calibrate
+
+        sizes = {camera: index.size for camera, index in self._indices().items()}
+        return calibrate(self, list(find_videos(Path(self.path))), sizes)
+
+    def _fresh_states(self) -> dict[str, CameraState]:
+        """New counters, with what the files alone say: their times, and frames that are announced but not there."""
+        from recon.sources.state import CameraState
+
+        timeline, indices = self._timeline(), self._indices()
+        last = max(float(np.nanmax(times)) for times in timeline.times.values())
+        self._states = {camera: CameraState(camera) for camera in indices}
+        for camera, state in self._states.items():
+            index, times = indices[camera], timeline.times[camera]
+            rate = _rate(times)
+            state.facts = {
+                "file": index.path.name, "frames": len(index), "size": list(index.size), "codec": index.codec,
+                "times_from": timeline.origin[camera], **rate, **timeline.notes.get(camera, {}),
+            }  # fmt: skip
+            if index.repeated:
+                state.lose("time stamp stands twice", None, index.repeated)
+            if index.announced > len(index) + index.repeated:
+                state.lose("file is cut off", len(index), index.announced - len(index) - index.repeated)
+            end = float(np.nanmax(times))
+            if last - end > max(2 * rate["period_ms_p50"], self.max_skew_ms) / 1e3:
+                state.event(f"ends {last - end:.3f} s before the last camera", end)
+        return self._states
+
+    def _spans(self) -> str:
+        times = self._timeline().times
+        return ", ".join(f"{c} {np.nanmin(t):.3f} to {np.nanmax(t):.3f} s" for c, t in times.items())
+
+
+def find_videos(path: Path) -> dict[str, Path]:
+    """The video of every camera at `path`, in natural order of their names.
+
+    Raises:
+        ReconError: nothing there, a folder without or with several videos, two files with one stem.
+    """
+    from recon.sources.rig import natural
+    from recon.sources.videofiles import SUFFIXES
+
+    def videos(folder: Path) -> list[Path]:
+        inside = (f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "." and f.is_file())
+        return sorted(inside, key=lambda file: natural(file.name))
+
+    if path.is_file():
+        return {path.stem: path}
+    if not path.is_dir():
+        raise ReconError(f"source.path={path}: no such folder or file", "give DIR with one video per camera")
+    files = videos(path)
+    found = {file.stem: file for file in files}
+    if len(found) < len(files):
+        raise ReconError(f"{path}: two videos with the same stem", "stems become camera names: rename one")
+    if not files:
+        for folder in sorted(
+            (e for e in path.iterdir() if e.is_dir() and e.name[0] != "."), key=lambda e: natural(e.name)
+        ):
+            own = videos(folder)
+            if len(own) != 1:
+                raise ReconError(f"{folder}: {len(own)} videos", "one video per camera's folder; join the parts first")
+            found[folder.name] = own[0]
+    if not found:
+        raise ReconError(
+            f"source.path={path}: no videos",
+            f"one per camera, ending in {', '.join(SUFFIXES[:6])} or another of FFmpeg's",
+        )
+    return found
+
+
+def _views(
+    camera: str, index: VideoIndex, numbers: list[int], calibration: Calibration, times: np.ndarray
+) -> Iterator[Item]:
+    """Decodes and undistorts: the work of one camera's thread."""
+    from recon.sources.videofiles import frames
+
+    for number, image in frames(index, numbers):
+        if isinstance(image, str):
+            yield number, image
+        else:
+            yield number, calibration.view(camera, number, image, time_s=float(times[number]))
+
+
+def _rate(times: np.ndarray) -> dict[str, float]:
+    """Frame period of one camera: median, longest, and how uneven it is."""
+    steps = 1e3 * np.diff(times[np.isfinite(times)])
+    if not len(steps):
+        return {"period_ms_p50": 0.0, "period_ms_max": 0.0}
+    return {"period_ms_p50": round(float(np.median(steps)), 3), "period_ms_max": round(float(steps.max()), 3)}
