@@ -131,8 +131,10 @@ def depth(run: Run) -> str:
     """Depth alone: no map, no poses; videos of input and depth side by side."""
     from recon.depthvideo import depth_videos
 
-    with ExitStack() as sessions:
-        found = depth_videos(run.config, run.store.session("depth", sessions), run.folder)
+    cameras = len(run.config.source.cameras())
+    engine, workers = partial(run.store.open, "depth"), run.config.depth.workers or cameras
+    with DepthAnythingPool(engine, workers=workers, waiting=2 * cameras, predict=run.config.depth.predict) as pool:
+        found = depth_videos(run.config, pool, run.folder)
     run.metrics["depth"] = found.metrics()
     run.record.metrics |= found.summary()
     run.record.files += found.files

@@ -26,6 +26,7 @@ from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
 from recon.store import Store
+from recon.viewer import Viewer, open_viewer
 
 if TYPE_CHECKING:
     from recon.engines import Session
@@ -199,21 +200,23 @@ def _bootstrap_again(
 
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
     keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
+    viewer = Viewer()
 
     def observe(frame: FrameResult) -> None:
         keyframes.offer(frame.view)
+        viewer.frame(frame.view, frame.depth, frame.align.row())
         result.log.add(frame)
         result.depth_scores.add(frame)
         if config.save_per_frame_depth and frame.depth is not None:
             result.files.append(_write_depth(frame, result.scale, folder))
 
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, open_viewer(config.viewer, folder, result.bootstrap, config.rerun) as viewer:
         streamer.stop = stop
         start = time.perf_counter()
-        for _ in track(streamer.run(observe), "Streaming", len(config.source)):
-            pass
+        for step in track(streamer.run(observe), "Streaming", len(config.source)):
+            viewer.step(step, streamer.fused)
         seconds = time.perf_counter() - start
-    result.files += keyframes.close()
+    result.files += [*keyframes.close(), *viewer.files]
     result.stream = {
         **streamer.report(),
         "stopped_by": stop.by,

@@ -1,6 +1,8 @@
 """Stage depth: the videos are decoded again, predictions are read back, and what is lost is said."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +12,12 @@ import pytest
 
 from recon.config import Config, option
 from recon.depth import Depth
-from recon.depthvideo import FAILURES_IN_A_ROW, depth_videos
+from recon.depthvideo import FAILURES_IN_A_ROW, DepthResult, depth_videos
 from recon.depthvideo.keep import encode
 from recon.depthvideo.pictures import HEADER, RunningRange, colourise, columns_of, side_by_side
 from recon.errors import ReconError, Refused
 from recon.geometry.views import DepthImage, Scale, View
+from recon.live.pool import DepthAnythingPool
 from recon.options import DepthVideoOptions
 from recon.sources import Source
 
@@ -39,7 +42,7 @@ class Ramps(Source):
     def batches(self) -> Iterator[list[View]]:
         for step in range(1, self.steps):
             if step == self.interrupt_at:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
             yield self._batch(step)
 
     def __len__(self) -> int:
@@ -76,6 +79,11 @@ def config(source: Source, depth: Depth, **changes: object) -> Config:
     return Config(depth=depth, source=source, stages=["depth"], depth_video=replace(OPTIONS, **changes))
 
 
+def made(settings: Config, folder: Path) -> DepthResult:
+    with DepthAnythingPool(lambda: None, workers=2, waiting=8, predict=settings.depth.predict) as pool:
+        return depth_videos(settings, pool, folder)
+
+
 def frames(path: Path) -> list[tuple[float, np.ndarray]]:
     with av.open(str(path)) as container:
         return [(float(frame.time), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -84,7 +92,7 @@ def frames(path: Path) -> list[tuple[float, np.ndarray]]:
 @pytest.mark.parametrize("codec", ["h264", "mpeg4"])
 def test_every_frame_is_in_the_videos_at_its_time(tmp_path: Path, codec: str) -> None:
     source = Ramps()
-    result = depth_videos(config(source, FromImage(), codec=codec), None, tmp_path)
+    result = made(config(source, FromImage(), codec=codec), tmp_path)
     assert sorted(path.name for path in (tmp_path / "depth_video").iterdir()) == sorted(
         ["all.mp4", "cam0.mp4", "cam1.mp4", "cam2.mp4"]
     )
@@ -104,7 +112,7 @@ def test_every_frame_is_in_the_videos_at_its_time(tmp_path: Path, codec: str) ->
 
 
 def test_metrics_hold_every_frame(tmp_path: Path) -> None:
-    result = depth_videos(config(Ramps(), FromImage()), None, tmp_path)
+    result = made(config(Ramps(), FromImage()), tmp_path)
     found = result.metrics()
     assert found["depth_type"] == "disparity"
     assert found["frames_seen"] == 18
@@ -118,7 +126,7 @@ def test_metrics_hold_every_frame(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_fails_is_shown_grey_counted_and_named(tmp_path: Path) -> None:
-    result = depth_videos(config(Ramps(count=1), FromImage(fail_from=2, fail_to=4)), None, tmp_path)
+    result = made(config(Ramps(count=1), FromImage(fail_from=2, fail_to=4)), tmp_path)
     assert result.metrics()["frames_lost"] == {"RuntimeError: out of memory": 2}
     assert "2 lost" in result.outcome()
     shown = frames(tmp_path / "depth_video" / "cam0.mp4")
@@ -129,24 +137,24 @@ def test_a_frame_that_fails_is_shown_grey_counted_and_named(tmp_path: Path) -> N
 
 def test_a_broken_network_ends_the_run_and_leaves_no_video(tmp_path: Path) -> None:
     with pytest.raises(ReconError, match="no frame got depth"):
-        depth_videos(config(Ramps(count=1), FromImage(fail_from=0)), None, tmp_path)
+        made(config(Ramps(count=1), FromImage(fail_from=0)), tmp_path)
     with pytest.raises(ReconError, match=f"{FAILURES_IN_A_ROW} frames in a row"):
-        depth_videos(config(Ramps(steps=40), FromImage(fail_from=1)), None, tmp_path)
+        made(config(Ramps(steps=40), FromImage(fail_from=1)), tmp_path)
     assert not list(tmp_path.rglob("*.mp4"))
 
 
 def test_ctrl_c_leaves_whole_videos(tmp_path: Path) -> None:
-    result = depth_videos(config(Ramps(interrupt_at=4), FromImage()), None, tmp_path)
-    assert result.stopped == "interrupted"
-    assert 3 <= len(frames(tmp_path / "depth_video" / "all.mp4")) <= 4
-    assert "interrupted" in result.outcome()
+    result = made(config(Ramps(interrupt_at=4), FromImage()), tmp_path)
+    assert result.stopped == result.metrics()["stopped_by"] == "SIGINT"
+    assert len(frames(tmp_path / "depth_video" / "all.mp4")) == 5  # of 6: the batch in hand is finished
+    assert "SIGINT" in result.outcome()
 
 
 def test_predictions_come_back_from_png_and_npz(tmp_path: Path) -> None:
     import cv2
 
-    depth_videos(config(Ramps(count=2, steps=2), FromImage(), save="png16"), None, tmp_path / "a")
-    depth_videos(config(Ramps(count=2, steps=2), FromImage(), save="npz"), None, tmp_path / "b")
+    made(config(Ramps(count=2, steps=2), FromImage(), save="png16"), tmp_path / "a")
+    made(config(Ramps(count=2, steps=2), FromImage(), save="npz"), tmp_path / "b")
     index = json.loads((tmp_path / "a" / "depth_raw" / "index.json").read_text())
     assert index["type"] == "disparity"
     assert len(index["frames"]) == 4
@@ -192,7 +200,7 @@ def test_cameras_of_different_shape_share_a_grid(tmp_path: Path) -> None:
             tall = np.ascontiguousarray(np.rot90(views[1].image))
             return [views[0], replace(views[1], image=tall)][: 1 if step == 2 else 2]
 
-    depth_videos(config(Mixed(count=2, steps=4), FromImage()), None, tmp_path)
+    made(config(Mixed(count=2, steps=4), FromImage()), tmp_path)
     assert len(frames(tmp_path / "depth_video" / "all.mp4")) == 4
     assert len(frames(tmp_path / "depth_video" / "cam1.mp4")) == 3
     assert frames(tmp_path / "depth_video" / "cam1.mp4")[0][1].shape == (HEADER + 86, 128, 3)
@@ -207,7 +215,7 @@ def test_grid_shapes() -> None:
 def test_a_missing_encoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("recon.options").options.CODECS, "h264", "no_such_encoder")
     with pytest.raises(Refused, match="no encoder"):
-        depth_videos(config(Ramps(), FromImage()), None, tmp_path)
+        made(config(Ramps(), FromImage()), tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"codec": "av1"}, {"save": "tiff"}, {"smooth": 0.0}, {"low_percentile": 99.0}])
@@ -218,6 +226,6 @@ def test_impossible_options(change: dict[str, object]) -> None:
 
 def test_a_synthetic_source_through_recorded_depth(tmp_path: Path) -> None:
     source = replace(option("source", "synthetic"), width=64, height=48, steps=2, count=2)
-    result = depth_videos(config(source, option("depth", "recorded")), None, tmp_path)
+    result = made(config(source, option("depth", "recorded")), tmp_path)
     assert len(result.frames) == 6
     assert len(frames(tmp_path / "depth_video" / "all.mp4")) == 3

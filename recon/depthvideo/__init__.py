@@ -10,11 +10,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,25 +25,26 @@ from recon.console import track
 from recon.depthvideo.keep import DepthFiles
 from recon.depthvideo.recorder import Recorder
 from recon.errors import ReconError
-from recon.geometry.views import DepthImage, View
+from recon.geometry.views import View
+from recon.live.stopping import stop_on_signals
 
 if TYPE_CHECKING:
-    from recon.engines import Session
+    from recon.live.pool import DepthAnythingPool, PoolResult
 
 log = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 20
 """So many frames in a row without depth end the run: the network is broken, not the frame."""
-Predicted = tuple[DepthImage | None, float, str]
 
 
 @dataclass
 class DepthResult:
-    """What the stage found out: one row per camera and frame; files written; whether a person ended it."""
+    """What the stage found out: one row per camera and frame; files written; the signal that ended it, if one did."""
 
     type: str
     frames: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
@@ -52,7 +54,8 @@ class DepthResult:
             "depth_type": self.type,
             "frames_seen": len(self.frames),
             "frames_lost": dict(lost),
-            "stopped": self.stopped or "end of the source",
+            "stopped_by": self.stopped,
+            "source": self.source,
             "seconds": self.seconds,
             **{name.removeprefix("depth/"): value for name, value in self.summary().items()},
             "frames": self.frames,
@@ -71,15 +74,15 @@ class DepthResult:
         """One line for the table at the end."""
         lost = sum(bool(row["lost"]) for row in self.frames)
         rate = self.summary().get("depth/frames_per_s", 0.0)
-        ended = f", {self.stopped}" if self.stopped else ""
+        ended = f", stopped by {self.stopped}" if self.stopped else ""
         return f"{len(self.frames) - lost} frames of {self.type}, {lost} lost, {rate:.1f} frames/s{ended}"
 
 
-def depth_videos(config: Config, session: Session | None, folder: Path) -> DepthResult:
+def depth_videos(config: Config, pool: DepthAnythingPool, folder: Path) -> DepthResult:
     """Run the depth network over the bootstrap frames and the stream of the source, and write the videos.
 
-    A frame that the network fails on is shown without depth, counted and named. Ctrl-C ends the stage where it is and
-    leaves finished files: a live source has no other end.
+    A frame that the network fails on is shown without depth, counted and named. Ctrl-C and SIGTERM end the stage after
+    the batch in hand and leave finished files: a live source has no other end.
 
     Raises:
         ReconError: the source gives no frame, the network fails on every frame, or the disk is full.
@@ -88,19 +91,15 @@ def depth_videos(config: Config, session: Session | None, folder: Path) -> Depth
     cameras = source.cameras()
     start = time.perf_counter()
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(config.depth.workers or len(cameras), "depth"))
         recorder = stack.enter_context(Recorder(folder / "depth_video", cameras, config.depth.type, config.depth_video))
         keep = DepthFiles(folder / "depth_raw", config.depth.type, config.depth_video.save)
-        batches = _predicted(_batches(config), pool, config, session)
+        stop = stack.enter_context(stop_on_signals())
         total = (len(source) + 1 + config.depth.every - 1) // config.depth.every if len(source) else 0
-        try:
-            for views, predictions in track(batches, "Depth", total):
-                _one_batch(views, predictions, recorder, keep, result)
-        except KeyboardInterrupt:
-            result.stopped = "interrupted"
-            pool.shutdown(cancel_futures=True)
+        for views, predictions in track(_predicted(_batches(config), pool, stop), "Depth", total):
+            _one_batch(views, predictions, recorder, keep, result)
         _require_depth(result)
         result.files = [*recorder.close(), *keep.close()]
+    result.stopped, result.source = stop.by, source.report()
     result.seconds = time.perf_counter() - start
     return result
 
@@ -111,33 +110,27 @@ def _batches(config: Config) -> Iterator[list[View]]:
 
 
 def _predicted(
-    batches: Iterator[list[View]], pool: ThreadPoolExecutor, config: Config, session: Session | None
-) -> Iterator[tuple[list[View], list[Predicted]]]:
+    batches: Iterator[list[View]], pool: DepthAnythingPool, stop: Event
+) -> Iterator[tuple[list[View], list[PoolResult]]]:
     """Batches with their depth. The next one is in the network while this one is drawn and encoded."""
-
-    def predict(view: View) -> Predicted:
-        start = time.perf_counter()
-        try:
-            found, why = config.depth.predict(view, session), ""
-        except Exception as error:  # one frame must not end a live run; what failed is logged, counted and shown
-            found, why = None, f"{type(error).__name__}: {error}"
-        return found, (time.perf_counter() - start) * 1e3, why
-
-    waiting: tuple[list[View], list[Future[Predicted]]] | None = None
+    waiting: tuple[list[View], list[Future[PoolResult]]] | None = None
     for views in batches:
-        sent = views, [pool.submit(predict, view) for view in views]
+        sent = views, [pool.submit(view) for view in views]
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = sent
+        if stop.is_set():
+            break
     if waiting is not None:
         yield waiting[0], [future.result() for future in waiting[1]]
 
 
 def _one_batch(
-    views: list[View], predictions: list[Predicted], recorder: Recorder, keep: DepthFiles, result: DepthResult
+    views: list[View], predictions: list[PoolResult], recorder: Recorder, keep: DepthFiles, result: DepthResult
 ) -> None:
     shown = []
-    for view, (depth, ms, why) in zip(views, predictions, strict=True):
+    for view, found in zip(views, predictions, strict=True):
+        depth, why = found.depth, found.error
         if depth is not None and not np.isfinite(depth).any():
             depth, why = None, "no finite value"
         if why:
@@ -145,7 +138,7 @@ def _one_batch(
         span = recorder.draw(view, depth)
         if depth is not None:
             keep.add(view, depth)
-        row = {"camera": view.camera, "frame": view.frame, "time_s": view.time_s, "ms_depth": round(ms, 3)}
+        row = {"camera": view.camera, "frame": view.frame, "time_s": view.time_s, "ms_depth": round(found.ms, 3)}
         result.frames.append({**row, "lost": why, **span})
         shown.append(view)
     recorder.show(shown)
