@@ -26,7 +26,7 @@ from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
 from recon.store import Store
-from recon.viewer import Viewer, open_viewer
+from recon.viewer import open_viewer
 
 if TYPE_CHECKING:
     from recon.engines import Session
@@ -200,7 +200,6 @@ def _bootstrap_again(
 
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
     keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
-    viewer = Viewer()
 
     def observe(frame: FrameResult) -> None:
         keyframes.offer(frame.view)
