@@ -50,6 +50,7 @@ class Reconstruction:
     depth_scores: DepthScores
     log: FrameLog
     stream: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     map_stats: dict[str, float] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Reconstruction:
             },
             "seconds": self.seconds,
             "stream": self.stream,
+            "source": self.source,
             **self.log.metrics(),
         }
 
@@ -155,6 +157,7 @@ def reconstruct_scene(
         streamer = Streamer(config.source, config.depth, pool, bootstrap, fused, anchor, config.align, config.stream)
         streamer.again = lambda views: _bootstrap_again(config, streamer, views, again)
         _stream(config, streamer, result, folder)
+        result.source = config.source.report()
         result.seconds["stream"] = time.perf_counter() - start
         with busy("Writing the map"):
             result.files.append(frames.close())

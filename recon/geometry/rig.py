@@ -49,6 +49,11 @@ class Rig:
     scale: Scale = field(default_factory=Scale)
     baseline: Baseline | None = None
 
+    @property
+    def posed(self) -> bool:
+        """Whether the file gives poses, and with them a unit."""
+        return any(entry.T_world_cam is not None for entry in self.entries.values())
+
     def fixed(self, camera: str) -> RigEntry | None:
         """The one entry of a camera that does not move: by its name, else by its images if they share one pose.
 

@@ -134,7 +134,7 @@ class Calibrated(Source):
         if self.poses:
             return Scale("m", "known poses") if self.poses_unit == "m" else Scale()
         rig = self._rig()
-        return rig.scale if rig is not None else Scale()
+        return rig.scale if rig is not None and rig.posed else Scale()
 
     def baseline(self) -> Baseline | None:
         rig = self._rig()
@@ -156,9 +156,13 @@ class Recording(Calibrated):
     """Leave out what was taken earlier, in seconds after the first frame of the cameras in use."""
     end_s: float | None = None
     """Leave out what was taken later, in seconds after the first frame; null = to the end."""
+    ahead: int = 4
+    """Frames that each camera's decoder may be ahead of the map; none is dropped."""
 
     def check(self) -> None:
         super().check()
+        if self.ahead < 1:
+            raise ReconError(f"source.ahead={self.ahead}: must be at least 1", "4 is enough to hide decoding")
         if not self.start_s >= 0:
             raise ReconError(f"source.start_s={self.start_s}: must not be negative", "0 is the first frame")
         if self.end_s is not None and not self.end_s > self.start_s:

@@ -1,19 +1,28 @@
-"""Folders of images, one folder per camera, with optional intrinsics, poses and depth."""
+"""Folders of images, one folder per camera, with optional calibration, time stamps and depth."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from recon.errors import ReconError
-from recon.geometry.views import Array, Scale, View
-from recon.sources import Source
+from recon.geometry.views import Scale, View
+from recon.sources import Recording
+
+if TYPE_CHECKING:
+    from recon.sources.calibration import Calibration
+    from recon.sources.decode import Item
+    from recon.sources.state import CameraState
+    from recon.sources.timeline import Moment, Times
 
 log = logging.getLogger(__name__)
 
@@ -21,38 +30,33 @@ Frames = dict[str, list[Path]]
 
 
 @dataclass
-class Images(Source):
+class Images(Recording):
     """DIR/<camera>/<frame>.{jpg,jpeg,png}: frame k of a camera is its k-th file in natural order.
 
     A folder that holds images itself instead of folders is one moment: every file is a camera with one frame, named by
     its stem, and there is no stream (unless `live_path` has one). Of the frames, number `bootstrap_frame` of each
-    camera bootstraps the map and the later ones are the stream; it ends with the shortest camera. Images are upright
-    (EXIF orientation applied), so intrinsics and depth belong to the upright image.
+    camera bootstraps the map and the later ones are the stream; it ends with the shortest camera. With `timestamps`,
+    frames are put together by time instead, and no camera ends the stream of the others. Images are upright (EXIF
+    orientation applied), so intrinsics and depth belong to the upright image.
     """
 
     path: str = MISSING
     """Folder with one folder of images per camera, or with one image per camera."""
     live_path: str | None = None
-    """Folder of the stream, if not that of the bootstrap; same cameras, without recorded depth."""
+    """Folder of the stream, if not that of the bootstrap; same cameras, no recorded depth; `timestamps` are its."""
     bootstrap_frame: int = 0
-    """Frame, counted in `path`, that the map is bootstrapped from."""
-    intrinsics: str | None = None
-    """NPZ with K [cameras,3,3] or [3,3] in pixels, optional camera_names, width, height."""
-    poses: str | None = None
-    """NPZ with T_world_cam (or T_cam_world), [cameras,4,4] (fixed) or [cameras,frames,4,4]; OpenCV axes."""
-    poses_unit: str = "m"
-    """Unit of the poses' translations: m or arbitrary. Poses in metres make the map metric."""
+    """Frame of `path` that the map is bootstrapped from; with `timestamps` the first whole batch from it on."""
     depth: str | None = None
     """Folder laid out like `path` with 16-bit PNG of z-depth, 0 = no measurement."""
     depth_scale: float = 0.001
     """Metres per unit of the depth files: 0.001 for millimetres."""
 
+    def __post_init__(self) -> None:
+        self._states: dict[str, CameraState] = {}
+        self._skew: dict[str, Any] = {}
+
     def check(self) -> None:
         super().check()
-        if self.poses_unit not in ("m", "arbitrary"):
-            raise ReconError(
-                f"source.poses_unit={self.poses_unit}: m or arbitrary", "m if the translations are in metres"
-            )
         if not self.depth_scale > 0:
             raise ReconError(f"source.depth_scale={self.depth_scale}: must be positive", "0.001 for millimetres")
         if self.bootstrap_frame < 0:
@@ -62,13 +66,17 @@ class Images(Source):
                 "source.poses_unit=arbitrary with source.depth: recorded depth is in metres, so the two do not fit",
                 "bring the poses to metres, or leave out the depth",
             )
+        if (self.start_s or self.end_s is not None) and not self.timestamps:
+            raise ReconError(
+                "source.start_s and source.end_s need time, which images do not have", "give source.timestamps"
+            )
 
     def validate(self) -> None:
         """Every file's presence and header, calibration in full, and the bootstrap frames decoded."""
         from recon.sources.imagefiles import image_size
 
         folders = [self._frames(self.path)] + ([self._frames(self.live_path)] if self.live_path else [])
-        for number, frames in enumerate(folders):
+        for frames in folders:
             for camera, files in frames.items():
                 sizes = {file: image_size(file) for file in files}
                 first = next(iter(sizes))
@@ -77,10 +85,17 @@ class Images(Source):
                         f"camera {camera}: {other} is {_by(sizes[other])}, {first.name} is {_by(sizes[first])}",
                         "all frames of a camera must have one size",
                     )
-                self._fits(camera, sizes[first])
-                if self.depth and number == 0:
-                    for index in self._used(len(files)):
-                        self._depth_file(camera, files[index])
+        self._calibration(folders[0])
+        if self.depth and self.scale().unit == "arbitrary":
+            raise ReconError(
+                f"source.rig={self.rig}: its unit is arbitrary, with source.depth, which is in metres: they do not fit",
+                "source.rig_unit=m if the poses are in metres, or leave out the depth",
+            )
+        start, stream = self._plan()
+        if self.depth:
+            for moment in [start, *([] if self.live_path else stream)]:
+                for camera, number in moment.frames.items():
+                    self._depth_file(camera, folders[0][camera][number])
         self.bootstrap()
 
     def cameras(self) -> list[str]:
@@ -88,43 +103,65 @@ class Images(Source):
 
     def bootstrap(self) -> list[View]:
         frames = self._frames(self.path)
-        calibration = self._calibration(frames)
-        return [self._view(calibration, camera, files, self.bootstrap_frame, True) for camera, files in frames.items()]
+        calibration, times = self._calibration(frames), {} if self.live_path else self._times()
+        return [
+            self._view(calibration, camera, frames[camera], number, times.get(camera), True)
+            for camera, number in self._plan()[0].frames.items()
+        ]
 
     def batches(self) -> Iterator[list[View]]:
-        steps, frames = self._steps()
-        calibration = self._calibration(frames)
-        for index in steps:
-            yield [
-                self._view(calibration, camera, files, index, not self.live_path) for camera, files in frames.items()
-            ]
+        from recon.sources.decode import Decoders
+        from recon.sources.state import CameraState
+        from recon.sources.timeline import skew
+
+        _, plan = self._plan()
+        self._states = {camera: CameraState(camera) for camera in self.cameras()}
+        self._skew = skew(plan, len(self._states), self.max_skew_ms) | {"batches": 0}
+        with Decoders(self._decoders(plan), self.ahead) as decoders:
+            for moment in plan:
+                views = []
+                for camera, number in moment.frames.items():
+                    found = decoders.take(camera, number)
+                    if isinstance(found, View):
+                        self._states[camera].delivered += 1
+                        views.append(found)
+                    else:
+                        self._states[camera].lose(found, number)
+                if views:
+                    self._skew["batches"] += 1
+                    yield views
 
     def __len__(self) -> int:
-        return len(self._steps()[0])
+        return len(self._plan()[1])
 
     def content_key(self) -> str:
         digest = hashlib.sha256()
-        for camera, files in self._frames(self.path).items():
-            file = files[self.bootstrap_frame]
+        frames = self._frames(self.path)
+        start = self._plan()[0]
+        for camera, number in start.frames.items():
+            file = frames[camera][number]
             depth = [self._depth_file(camera, file)] if self.depth else []
             for path in [file, *depth]:
                 digest.update(f"{camera} {path.name} {path.stat().st_size}\n".encode())
                 digest.update(path.read_bytes())
-        calibration = self._calibration(self._frames(self.path))
-        known = [{c: value.tolist() for c, value in sorted(values.items())} for values in calibration]
-        digest.update(json.dumps([known, self.depth_scale, self.poses_unit, self.bootstrap_frame]).encode())
+        known = self._calibration(frames).plain()
+        digest.update(json.dumps([known, self.depth_scale, self.poses_unit, list(start.frames.items())]).encode())
         return digest.hexdigest()
 
     def scale(self) -> Scale:
-        if self.poses:
-            return Scale("m", "known poses") if self.poses_unit == "m" else Scale()
-        return Scale("m", "recorded depth") if self.depth else Scale()
+        rig = self._rig()
+        if self.depth and not self.poses and not (rig is not None and rig.posed):
+            return Scale("m", "recorded depth")
+        return super().scale()
+
+    def report(self) -> dict[str, Any]:
+        return {"cameras": {name: state.report() for name, state in self._states.items()}, **self._skew}
 
     def _frames(self, folder: str) -> Frames:
         """Files of the cameras in use, in natural order."""
         from recon.sources.rig import choose
 
-        found = _scan(Path(folder))
+        found = scan(Path(folder))
         if folder == self.live_path:
             names = self.cameras()
             if missing := [name for name in names if name not in found]:
@@ -142,66 +179,101 @@ class Images(Source):
                 )
         return {name: found[name] for name in names}
 
-    def _steps(self) -> tuple[list[int], Frames]:
-        """Frame numbers of the stream, and the files that they count in."""
-        frames = self._frames(self.live_path or self.path)
-        lengths = {camera: len(files) for camera, files in frames.items()}
-        shortest = min(lengths.values())
-        if shortest < max(lengths.values()):
-            short = min(lengths, key=lambda camera: lengths[camera])
-            log.warning("cameras have %s frames: the stream ends after %d, with %s", lengths, shortest, short)
-        return self._used(shortest)[0 if self.live_path else 1 :], frames
+    def _plan(self) -> tuple[Moment, list[Moment]]:
+        """The bootstrap's moment, counted in `path`, and those of the stream, counted in `live_path` where it is given.
 
-    def _used(self, count: int) -> list[int]:
-        """Numbers of the frames that are read out of `count`: of the bootstrap, then of the stream."""
-        start = 0 if self.live_path else self.bootstrap_frame
-        used = list(range(start, count, self.frame_step))
-        return used[: self.max_batches + (0 if self.live_path else 1)] if self.max_batches else used
+        Raises:
+            ReconError: with time stamps, no moment in which every camera has a frame.
+        """
+        from recon.sources.timeline import Moment, between, lockstep, moments
 
-    def _calibration(self, frames: Frames) -> tuple[dict[str, Array], dict[str, Array]]:
-        """K and poses by camera, empty where the source has none."""
-        from recon.sources.rig import read_intrinsics, read_poses
+        cameras = self.cameras()
+        start = Moment(dict.fromkeys(cameras, self.bootstrap_frame), math.nan, 0.0)
+        first = 0 if self.live_path else self.bootstrap_frame + self.frame_step
+        if self.timestamps:
+            found = between(moments(self._times(), self.max_skew_ms / 1e3), self.start_s, self.end_s)
+            if not self.live_path:
+                whole = [i for i, m in enumerate(found) if len(m.frames) == len(cameras) and i >= self.bootstrap_frame]
+                if not whole:
+                    raise ReconError(
+                        f"source.timestamps={self.timestamps}: at no time do all {len(cameras)} cameras have a frame "
+                        f"within source.max_skew_ms={self.max_skew_ms:g}",
+                        "raise source.max_skew_ms, or bring the time stamps to one clock",
+                    )
+                start, first = found[whole[0]], whole[0] + self.frame_step
+        else:
+            found = lockstep(self._counts())
+        stream = found[first :: self.frame_step]
+        return start, stream[: self.max_batches] if self.max_batches else stream
 
-        available = list(_scan(Path(self.path)))
-        K = read_intrinsics(Path(self.intrinsics), available, list(frames)).K if self.intrinsics else {}
+    def _counts(self) -> dict[str, int]:
+        counts = {camera: len(files) for camera, files in self._frames(self.live_path or self.path).items()}
+        shortest = min(counts.values())
+        if shortest < max(counts.values()):
+            short = min(counts, key=lambda camera: counts[camera])
+            log.warning("cameras have %s frames: the stream ends after %d, with %s", counts, shortest, short)
+        return counts
+
+    def _times(self) -> dict[str, Times]:
+        """Times of the frames of the stream's folder; empty without time stamps."""
+        from recon.sources.timeline import assign, read_timestamps
+
+        if not self.timestamps:
+            return {}
+        stems = {camera: [f.stem for f in files] for camera, files in self._frames(self.live_path or self.path).items()}
+        return assign(read_timestamps(Path(self.timestamps)), stems, f"source.timestamps={self.timestamps}").times
+
+    def _calibration(self, frames: Frames) -> Calibration:
+        from recon.sources.calibration import calibrate
+        from recon.sources.imagefiles import image_size
+
+        sizes = {camera: image_size(files[0]) for camera, files in frames.items()}
         counts = {camera: len(files) for camera, files in frames.items()}
-        poses = read_poses(Path(self.poses), available, counts) if self.poses else {}
-        if self.live_path and any(len(T) > 1 for T in poses.values()):
+        found = calibrate(self, list(scan(Path(self.path))), sizes, counts)
+        if self.live_path and any(len(T) > 1 for T in found.poses.values()):
             raise ReconError(
                 f"source.poses={self.poses} has one pose per frame, with source.live_path: of which folder?",
                 "give one pose per camera, or one folder for all frames",
             )
-        return K, poses
+        return found
 
-    def _fits(self, camera: str, size: tuple[int, int]) -> None:
-        from recon.sources.rig import read_intrinsics
+    def _decoders(self, plan: list[Moment]) -> dict[str, Callable[[], Iterator[Item]]]:
+        frames = self._frames(self.live_path or self.path)
+        calibration, times = self._calibration(self._frames(self.path)), self._times()
+        return {
+            camera: partial(
+                self._views,
+                calibration,
+                camera,
+                files,
+                [moment.frames[camera] for moment in plan if camera in moment.frames],
+                times.get(camera),
+            )
+            for camera, files in frames.items()
+        }
 
-        if self.intrinsics:
-            known = read_intrinsics(Path(self.intrinsics), list(_scan(Path(self.path))), [camera]).size
-            if known and known[camera] != size:
-                raise ReconError(
-                    f"{self.intrinsics}: K of camera {camera} is for {_by(known[camera])}, its images are {_by(size)}",
-                    "scale K to the images and store their width and height",
-                )
+    def _views(
+        self, calibration: Calibration, camera: str, files: list[Path], numbers: list[int], times: Times | None
+    ) -> Iterator[Item]:
+        """Decodes and undistorts: the work of one camera's thread."""
+        for number in numbers:
+            if calibration.moves(camera) and calibration.pose(camera, number, files[number].stem) is None:
+                yield number, "no pose"
+            else:
+                yield number, self._view(calibration, camera, files, number, times, not self.live_path)
 
     def _view(
-        self,
-        calibration: tuple[dict[str, Array], dict[str, Array]],
-        camera: str,
-        files: list[Path],
-        index: int,
-        depth: bool,
+        self, calibration: Calibration, camera: str, files: list[Path], number: int, times: Times | None, depth: bool
     ) -> View:
         from recon.sources.imagefiles import read_depth, read_image
 
-        K, poses = calibration
-        image = read_image(files[index])
-        size = (image.shape[1], image.shape[0])
-        pose = poses[camera][index if len(poses[camera]) > 1 else 0] if camera in poses else None
+        image = read_image(files[number])
         recorded = None
         if self.depth and depth:
-            recorded = read_depth(self._depth_file(camera, files[index]), self.depth_scale, size)
-        return View(camera, index, image, K.get(camera), pose, recorded)
+            size = (image.shape[1], image.shape[0])
+            recorded = read_depth(self._depth_file(camera, files[number]), self.depth_scale, size)
+        time_s = None if times is None else float(times[number])
+        return calibration.view(camera, number, image, stem=files[number].stem, depth=recorded, time_s=time_s)
 
     def _depth_file(self, camera: str, image: Path) -> Path:
         assert self.depth is not None
@@ -212,7 +284,7 @@ class Images(Source):
         return file
 
 
-def _scan(folder: Path) -> Frames:
+def scan(folder: Path) -> Frames:
     """Image files by camera, both in natural order. Hidden files are not looked at."""
     from recon.sources.imagefiles import SUFFIXES
     from recon.sources.rig import natural

@@ -138,14 +138,22 @@ def lockstep(counts: dict[str, int]) -> list[Moment]:
     return [Moment(dict.fromkeys(counts, number), math.nan, 0.0) for number in range(min(counts.values()))]
 
 
-def skew(found: Sequence[Moment], cameras: int) -> dict[str, Any]:
-    """What a report says of moments: skew over those with several cameras, and frames without all partners."""
+def between(found: list[Moment], start_s: float, end_s: float | None) -> list[Moment]:
+    """The moments from `start_s` to `end_s` after the first one, seconds."""
+    first = found[0].time_s if found else 0.0
+    last = math.inf if end_s is None else first + end_s
+    return [moment for moment in found if first + start_s <= moment.time_s <= last]
+
+
+def skew(found: Sequence[Moment], cameras: int, bound_ms: float) -> dict[str, Any]:
+    """What a report says of moments: skew in ms over those with several cameras, and frames without partner."""
     values = [1e3 * moment.skew_s for moment in found if len(moment.frames) > 1]
     row: dict[str, Any] = {"moments": len(found), "incomplete_moments": sum(len(m.frames) < cameras for m in found)}
     row["frames_without_partner"] = sum(len(m.frames) == 1 for m in found) if cameras > 1 else 0
     if values and not math.isnan(found[0].time_s):
         p50, p95 = np.percentile(values, (50, 95))
-        row |= {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "max": round(max(values), 3)}
+        figures = {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "max": round(max(values), 3)}
+        row["skew_ms"] = {"bound": bound_ms, **figures}
     return row
 
 

@@ -42,8 +42,6 @@ class Videos(Recording):
     """Folder with one video or one folder per camera; stem or folder name is the camera's name. Or one video."""
     start_together: bool = False
     """Count the time of every container from its own first frame: for recorders whose clocks are unrelated."""
-    ahead: int = 4
-    """Frames that each camera's decoder may be ahead of the map."""
 
     def __post_init__(self) -> None:
         self._start: tuple[int, list[View]] | None = None  # number of the bootstrap's moment, and its views
@@ -52,8 +50,6 @@ class Videos(Recording):
 
     def check(self) -> None:
         super().check()
-        if self.ahead < 1:
-            raise ReconError(f"source.ahead={self.ahead}: must be at least 1", "4 is enough to hide decoding")
         if self.start_together and self.timestamps:
             raise ReconError("source.start_together=true with source.timestamps: two sources of time", "leave one out")
 
@@ -73,7 +69,7 @@ class Videos(Recording):
 
         plan = self._stream()
         states = self._fresh_states()
-        self._skew = skew(plan, len(states)) | {"batches": 0}
+        self._skew = skew(plan, len(states), self.max_skew_ms) | {"batches": 0}
         for views in self._read(plan, states):
             for view in views:
                 states[view.camera].delivered += 1
@@ -94,7 +90,7 @@ class Videos(Recording):
         return digest.hexdigest()
 
     def report(self) -> dict[str, Any]:
-        return {"cameras": {name: state.report() for name, state in self._states.items()}, "skew_ms": self._skew}
+        return {"cameras": {name: state.report() for name, state in self._states.items()}, **self._skew}
 
     def _files(self) -> dict[str, Path]:
         """The video of every camera in use."""
@@ -123,13 +119,9 @@ class Videos(Recording):
         return Timeline(times, {camera: index.origin for camera, index in indices.items()})
 
     def _moments(self) -> list[Moment]:
-        from recon.sources.timeline import moments
+        from recon.sources.timeline import between, moments
 
-        times = self._timeline().times
-        first = min((float(np.nanmin(values)) for values in times.values() if np.isfinite(values).any()), default=0.0)
-        last = first + self.end_s if self.end_s is not None else np.inf
-        found = moments(times, self.max_skew_ms / 1e3)
-        return [moment for moment in found if first + self.start_s <= moment.time_s <= last]
+        return between(moments(self._timeline().times, self.max_skew_ms / 1e3), self.start_s, self.end_s)
 
     def _stream(self) -> list[Moment]:
         later = self._moments()[self._bootstrap()[0] + self.frame_step :: self.frame_step]
