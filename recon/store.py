@@ -30,6 +30,7 @@ class Store:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = Path(config.output)
+        self._data_keys: dict[str, str] = {}
         self.redone: set[tuple[Path, str]] = set()  # forced stages are redone once a run, not at every use
 
     def networks(self) -> dict[str, Network]:
@@ -99,8 +100,11 @@ class Store:
     def ranges_key(self, network: Network, role: str) -> str:
         from recon.calibration import data_key
 
-        data = data_key(self.config.calibration, self.config.source, role)
-        return content_key([CALIBRATION_VERSION, self.base_key(network), self.config.calibration, data])
+        if role not in self._data_keys:  # frames are decoded for it: once a run
+            views = next(iter(network.inputs.values())).shape[0] if role == "model" else 1
+            self._data_keys[role] = data_key(self.config.calibration, self.config.source, views)
+        settings = self.config.calibration.settings()
+        return content_key([CALIBRATION_VERSION, self.base_key(network), settings, self._data_keys[role]])
 
     def onnx_key(self, network: Network) -> str:
         """Key of the graph with this configuration's formats written into it."""
