@@ -12,6 +12,8 @@ from recon.geometry.views import DepthImage, DepthType, View
 from recon.network import Network
 
 if TYPE_CHECKING:
+    import torch
+
     from recon.engines import Session
 
 
@@ -20,6 +22,7 @@ class Depth(Component):
     """A streaming depth model. The type of its output is part of the class: disparity needs scale *and* shift."""
 
     type: ClassVar[DepthType] = "disparity"
+    input_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of the values that the network takes
 
     licence: str = ""
     workers: int = 0
@@ -37,6 +40,14 @@ class Depth(Component):
     def network(self) -> Network | None:
         """The network, or None where there is none (`recorded`)."""
         return None
+
+    def feeds(self, views: list[View]) -> dict[str, torch.Tensor]:
+        """The network's inputs for these views, stacked, preprocessed as `predict` does it."""
+        raise AssertionError(f"depth={self.name} has no network")
+
+    def special_tokens(self) -> tuple[int, int]:
+        """(special tokens that lead every image's sequence, patch tokens after them); (0, 0) where there are none."""
+        return 0, 0
 
     @abstractmethod
     def predict(self, view: View, session: Session | None) -> DepthImage:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ WIDTHS = {"small": 64, "base": 128, "large": 256, "mini": 48, "twin": 16}  # cha
 @dataclass
 class DepthAnything(Depth):
     """Depth Anything V2 (Yang et al., NeurIPS 2024), relative models, through `transformers`."""
+
+    input_range: ClassVar[tuple[float, float]] = (-2.118, 2.640)  # black and white after normalisation
 
     weights: str = "depth-anything/Depth-Anything-V2-Small-hf"
     """Hugging Face id, a folder with config.json and model.safetensors, or seeded:N (deterministic, untrained)."""
@@ -82,17 +84,23 @@ class DepthAnything(Depth):
             memory_mib=4 * (PARAMETERS[self.architecture] + 4 * WIDTHS[self.architecture] * size[0] * size[1]) / 2**20,
         )
 
+    def feeds(self, views: list[View]) -> dict[str, torch.Tensor]:
+        """pixel_values [N,3,H,W] FP32, normalised, at the network's size."""
+        return _feeds(views, self.size())
+
+    def special_tokens(self) -> tuple[int, int]:
+        """The class token leads the patches."""
+        height, width = self.size()
+        return 1, (height // PATCH) * (width // PATCH)
+
     def predict(self, view: View, session: Session | None) -> DepthImage:
         """[H,W] float32 disparity at the image's own size: larger is nearer, up to an unknown scale and shift."""
-        import torch
-
-        from recon.depth.nets.depth_anything import preprocess, restore
+        from recon.depth.nets.depth_anything import restore
 
         assert session is not None, "Depth Anything has a network"
         _, _, height, width = session.inputs["pixel_values"].shape
         _tell_of_stretching(view.size, (width, height))
-        image = torch.from_numpy(np.ascontiguousarray(view.image)).permute(2, 0, 1)[None]
-        disparity = session.infer({"pixel_values": preprocess(image, (height, width))})["disparity"]
+        disparity = session.infer(_feeds([view], (height, width)))["disparity"]
         found: DepthImage = restore(disparity.cpu(), view.size[::-1])[0].numpy()
         return found
 
@@ -133,6 +141,15 @@ def _load(weights: Weights, architecture: str, size: tuple[int, int]) -> torch.n
         download(*weights.hub, "config.json")
         folder = download(*weights.hub, "model.safetensors").parent
     return build(size, seed=weights.seed, architecture=architecture, folder=folder)
+
+
+def _feeds(views: list[View], size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    import torch
+
+    from recon.depth.nets.depth_anything import preprocess
+
+    images = [torch.from_numpy(np.ascontiguousarray(view.image)).permute(2, 0, 1)[None] for view in views]
+    return {"pixel_values": torch.cat([preprocess(image, size) for image in images])}
 
 
 def _example(size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from recon.geometry.cameras import invert
 from recon.geometry.pose_encoding import decode_pose
 from recon.geometry.preprocess import MODES, Placement, example_images, fit, place
 from recon.geometry.registration import register
-from recon.geometry.views import Bootstrap, DepthImage, PosedDepth, Scale, View
+from recon.geometry.views import Bootstrap, DepthImage, Image, PosedDepth, Scale, View
 from recon.models import Model
 from recon.models.nets.config import OUTPUTS, PRESETS, Part, VGGTConfig
 from recon.network import Network, TensorSpec
@@ -83,6 +83,15 @@ class VGGT(Model):
             memory_mib=_memory_mib(config, len(parts) - 1, shape),
         )
 
+    def feeds(self, views: list[View]) -> dict[str, torch.Tensor]:
+        """images [S,3,H,W] FP32 RGB in 0..1, placed as `preprocess` says."""
+        return _feeds(self._placed(views)[1])
+
+    def special_tokens(self) -> tuple[int, int]:
+        """Camera (class, in the patch encoder) and register tokens lead the patches of every frame."""
+        patch = self._config.patch
+        return 1 + self._config.registers, (self.height // patch) * (self.width // patch)
+
     def bootstrap(self, views: list[View], scale: Scale, session: Session | None) -> Bootstrap:
         """Posed depth of all views at the network's resolution; pixels without image content have depth 0.
 
@@ -95,8 +104,7 @@ class VGGT(Model):
         """
         assert session is not None, "VGGT has a network"
         _require_views(views, session)
-        placements = [place(view.size, (self.width, self.height), self.preprocess) for view in views]
-        images = [fit(view.image, placement) for view, placement in zip(views, placements, strict=True)]
+        placements, images = self._placed(views)
         found = {name: value.float().cpu().numpy() for name, value in session.infer(_feeds(images)).items()}
         T_cam_world, K = decode_pose(found["pose_enc"], self.height, self.width)
         T_world_cam = T_cam_world[0] @ invert(T_cam_world)  # the first camera comes out close to, not at, the origin
@@ -118,6 +126,10 @@ class VGGT(Model):
             in_source_frame=known.accepted,
             notes=known.notes,
         )
+
+    def _placed(self, views: list[View]) -> tuple[list[Placement], list[Image]]:
+        placements = [place(view.size, (self.width, self.height), self.preprocess) for view in views]
+        return placements, [fit(view.image, placement) for view, placement in zip(views, placements, strict=True)]
 
     @property
     def _config(self) -> VGGTConfig:
