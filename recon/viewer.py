@@ -83,7 +83,8 @@ class RerunViewer(Viewer):
     def __init__(self, recording: Any, bootstrap: Bootstrap, options: RerunOptions) -> None:
         self.recording, self.bootstrap, self.options = recording, bootstrap, options
         self.bytes = 0
-        self._step, self._map, self._map_s = 0, None, -np.inf
+        self._step, self._map_s = 0, -np.inf
+        self._map: Map | None = None
         self._cameras: dict[str, bytes] = {}
         self._full = False
         self._world()
