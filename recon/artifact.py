@@ -145,6 +145,13 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def destination(file: Path) -> Path:
+    """Where a file that `make` writes into its temporary folder will lie; any other file stays where it is."""
+    made = file.parent
+    scratch = made.name.startswith(".") and made.name.endswith(".tmp")
+    return made.parent / file.name if scratch else file
+
+
 def content_key(parts: Any) -> str:
     """Hash of plain data (dataclasses, paths, enums and tuples included): 32 hex digits."""
     return hashlib.sha256(canonical(parts)).hexdigest()[:32]

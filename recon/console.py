@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 Item = TypeVar("Item")
 LINE_EVERY_S = 10.0  # where there is no terminal: enough for a log file
@@ -38,12 +39,12 @@ def steps(title: str, total: int) -> Iterator[Callable[[], None]]:
     if not out.is_terminal:
         yield _lines(title, total, out)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
+    with _display(out) as bar:
         task = bar.add_task(title, total=total or None)
-        yield lambda: bar.advance(task)
+        try:
+            yield lambda: bar.advance(task)
+        finally:
+            bar.remove_task(task)
 
 
 @contextmanager
@@ -53,12 +54,68 @@ def busy(title: str) -> Iterator[None]:
     if not out.is_terminal:
         yield
         return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    with _display(out) as bar:
+        task = bar.add_task(title, total=None)
+        try:
+            yield
+        finally:
+            bar.remove_task(task)
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as bar:
-        bar.add_task(title, total=None)
-        yield
+
+class Phases:
+    """Phases of a foreign tool, nested and perhaps from several threads: one bar each while it lasts."""
+
+    def __init__(self, title: str, bar: Progress | None, out: Console) -> None:
+        self._title, self._bar, self._out = title, bar, out
+        self._tasks: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
+        self._last = time.monotonic()
+
+    def start(self, name: str, total: int) -> None:
+        self._totals[name] = total
+        if self._bar is not None:
+            self._tasks[name] = self._bar.add_task(name, total=total or None)
+
+    def step(self, name: str, done: int) -> None:
+        if self._bar is not None and name in self._tasks:
+            self._bar.update(self._tasks[name], completed=done)
+        elif time.monotonic() - self._last > LINE_EVERY_S:
+            self._last = time.monotonic()
+            self._out.print(f"{self._title}: {name} {done}/{self._totals.get(name) or '?'}")
+
+    def finish(self, name: str) -> None:
+        if self._bar is not None and (task := self._tasks.pop(name, None)) is not None:
+            self._bar.remove_task(task)
+
+
+@contextmanager
+def phases(title: str) -> Iterator[Phases]:
+    """Show the phases that a tool reports: bars on a terminal, now and then a line elsewhere."""
+    out = console()
+    if not out.is_terminal:
+        yield Phases(title, None, out)
+        return
+    with _display(out) as bar:
+        yield Phases(title, bar, out)
+
+
+_shown: list[Progress] = []  # a terminal holds one live display: what is shown inside another joins it
+
+
+@contextmanager
+def _display(out: Console) -> Iterator[Progress]:
+    if _shown:
+        yield _shown[-1]
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    said = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=out, transient=True) as bar:
+        _shown.append(bar)
+        try:
+            yield bar
+        finally:
+            _shown.remove(bar)
 
 
 def _lines(title: str, total: int, out: Console) -> Callable[[], None]:
