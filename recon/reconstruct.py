@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from recon.live.pool import DepthAnythingPool
 
 log = logging.getLogger(__name__)
-BOOTSTRAP_VERSION = "bootstrap.1"
+BOOTSTRAP_VERSION = "bootstrap.2"
 
 
 @dataclass

@@ -27,6 +27,8 @@ def write_bootstrap(path: Path, bootstrap: Bootstrap) -> None:
         "depth_type": bootstrap.depth_type,
         "in_source_frame": bootstrap.in_source_frame,
         "notes": bootstrap.notes,
+        "T_predicted": {name: T.tolist() for name, T in bootstrap.T_predicted.items()},
+        "T_given": {name: T.tolist() for name, T in bootstrap.T_given.items()},
     }
     np.savez(path, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
 
@@ -50,4 +52,6 @@ def read_bootstrap(path: Path) -> Bootstrap:
         meta["depth_type"],
         meta["in_source_frame"],
         meta["notes"],
+        {name: np.array(T) for name, T in meta["T_predicted"].items()},
+        {name: np.array(T) for name, T in meta["T_given"].items()},
     )

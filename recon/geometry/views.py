@@ -38,6 +38,7 @@ class View:
     image: [H,W,3] uint8 RGB. K: [3,3], pixels. T_world_cam: [4,4], camera to world, in `scale` units.
     depth: [H,W] float32 recorded z-depth, 0 = no measurement. time_s: capture time in seconds.
     origin: how the image came from the camera's own by undistortion; None where the camera's image is as it was.
+    pose_trusted: the pose is a calibration that stands even against a network that sees it otherwise.
     Anything unknown is None.
     """
 
@@ -49,6 +50,7 @@ class View:
     depth: DepthImage | None = None
     time_s: float | None = None
     origin: Undistortion | None = None
+    pose_trusted: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,6 +77,8 @@ class Bootstrap:
     views: depth, K and pose at the resolution the network worked at. K_source: per camera name, K at the resolution
     of the source's images, which the stream uses where the source gives none. in_source_frame: the world is that of the
     source's own poses, so poses of later frames can be used as given. notes: residuals and reasons, for metrics.json.
+    T_predicted, T_given: per camera name, the network's own pose in its own frame and unit, whatever became of it, and
+    the source's for the same image; for judging the one by the other.
     """
 
     views: list[PosedDepth]
@@ -84,6 +88,8 @@ class Bootstrap:
     depth_type: DepthType
     in_source_frame: bool = False
     notes: dict[str, float | str] = field(default_factory=dict)
+    T_predicted: dict[str, Array] = field(default_factory=dict)
+    T_given: dict[str, Array] = field(default_factory=dict)
 
 
 def without_depth(view: View) -> View:

@@ -108,7 +108,7 @@ class VGGT(Model):
         found = {name: value.float().cpu().numpy() for name, value in session.infer(_feeds(images)).items()}
         T_cam_world, K = decode_pose(found["pose_enc"], self.height, self.width)
         T_world_cam = T_cam_world[0] @ invert(T_cam_world)  # the first camera comes out close to, not at, the origin
-        known = register(views, placements, T_world_cam, K)
+        known, predicted = register(views, placements, T_world_cam, K), T_world_cam
         if known.accepted:
             K, T_world_cam = known.K, known.T_world_cam
         posed = [
@@ -125,6 +125,8 @@ class VGGT(Model):
             depth_type="metric" if metric else "relative",
             in_source_frame=known.accepted,
             notes=known.notes,
+            T_predicted={view.camera: pose for view, pose in zip(views, predicted, strict=True)},
+            T_given={view.camera: view.T_world_cam for view in views if view.T_world_cam is not None},
         )
 
     def _placed(self, views: list[View]) -> tuple[list[Placement], list[Image]]:
