@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recon.artifact import Artifact, atomic_file, content_key, obtain, write_atomic
+from recon.artifact import Artifact, atomic_file, content_key, obtain
 from recon.config import Config
 from recon.console import busy, track
 from recon.errors import ReconError
@@ -21,6 +19,7 @@ from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
 from recon.geometry.views import Bootstrap, Scale, View
 from recon.keyframes import KeyframeWriter
+from recon.live.calibration_file import Provenance, read_calibration, write_calibration
 from recon.live.framelog import FrameLog
 from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
@@ -49,6 +48,7 @@ class Reconstruction:
     fused: Map
     depth_scores: DepthScores
     log: FrameLog
+    provenance: Provenance
     stream: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -138,6 +138,8 @@ def reconstruct_scene(
     pool: depth workers. again: bootstraps anew from posed views, used only with stream.rebootstrap_after.
     """
     artifact, bootstrap = found
+    provenance = _provenance(config, bootstrap, artifact.key)
+    starts = _starts(config, bootstrap, provenance)
     start = time.perf_counter()
     fused, anchor = (_bootstrap_map(config, bootstrap) for _ in range(2))
     with FrameLog(folder / "frames.jsonl") as frames:
@@ -150,11 +152,14 @@ def reconstruct_scene(
             fused,
             DepthScores(bootstrap.scale),
             frames,
+            provenance,
         )
         result.seconds["bootstrap_fuse"] = time.perf_counter() - start
         _write_points(result, folder / "bootstrap_map.ply")
         start = time.perf_counter()
-        streamer = Streamer(config.source, config.depth, pool, bootstrap, fused, anchor, config.align, config.stream)
+        streamer = Streamer(
+            config.source, config.depth, pool, bootstrap, fused, anchor, config.align, config.stream, starts=starts
+        )
         streamer.again = lambda views: _bootstrap_again(config, streamer, views, again)
         _stream(config, streamer, result, folder)
         result.source = config.source.report()
@@ -249,7 +254,9 @@ def _write_outputs(config: Config, streamer: Streamer, result: Reconstruction, f
             write_mesh(temporary, mesh.vertices, mesh.triangles, mesh.colors)
         result.files.append(folder / "mesh.ply")
     result.files += result.fused.save(folder)
-    write_atomic(folder / "calibration.json", json.dumps(_calibration(config, streamer), indent=1) + "\n")
+    states = {name: aligner.state() for name, aligner in streamer.aligners.items()}
+    known = streamer.bootstrap.K_source
+    write_calibration(folder / "calibration.json", result.provenance, states, streamer.sizes, known)
     result.files.append(folder / "calibration.json")
 
 
@@ -266,20 +273,15 @@ def _write_points(result: Reconstruction, path: Path) -> int:
     return len(cloud.points)
 
 
-def _calibration(config: Config, streamer: Streamer) -> dict[str, Any]:
-    """Scale and shift per camera with what they were found for, so that another run can judge whether they apply."""
-    return {
-        "model": "1/z = s*d + t" if config.depth.type == "disparity" else "z = s*d",
-        "unit": streamer.bootstrap.scale.unit,
-        "depth": config.depth.settings(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cameras": {
-            name: {**aligner.state(), "intrinsics_sha256": _intrinsics_key(streamer, name)}
-            for name, aligner in streamer.aligners.items()
-        },
-    }
+def _provenance(config: Config, bootstrap: Bootstrap, key: str) -> Provenance:
+    depth = {name: value for name, value in config.depth.settings().items() if name not in ("workers", "every")}
+    numbers = {"quant_mode": config.quant_mode.name, "precision": config.precision.name}
+    return Provenance({**depth, **numbers}, config.depth.type, bootstrap.scale.unit, key)
 
 
-def _intrinsics_key(streamer: Streamer, camera: str) -> str | None:
-    K = streamer.bootstrap.K_source.get(camera)
-    return None if K is None else content_key(np.round(K, 6))
+def _starts(config: Config, bootstrap: Bootstrap, provenance: Provenance) -> dict[str, dict[str, Any]]:
+    """Entries of the calibration to start from, by camera; empty where none is asked for."""
+    if config.align.per_camera_calib is None:
+        return {}
+    path, cameras = Path(config.align.per_camera_calib), config.source.cameras()
+    return read_calibration(path, provenance, cameras, bootstrap.K_source)

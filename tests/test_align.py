@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.geometry.align import AlignOptions, at_map_pixels, fit, fit_scale, samples, to_depth
 from recon.live.align import Align
 
@@ -287,12 +287,6 @@ def test_impossible_knobs_are_refused(knob, value):
     with pytest.raises(ReconError, match=rf"align\.{knob}={value}") as caught:
         Align(**{knob: value}).check()
     assert "default" in caught.value.remedy
-
-
-def test_calibration_files_are_refused_until_they_are_read():
-    Align().check()
-    with pytest.raises(Refused, match=r"calib\.json"):
-        Align(per_camera_calib="calib.json").check()
 
 
 @pytest.fixture(scope="module")

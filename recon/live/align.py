@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.geometry.align import AlignOptions, Fit, fit, fit_scale, identity, samples, to_depth
 from recon.geometry.views import DepthImage, DepthType
 
@@ -55,19 +56,14 @@ class Align:
     has left the scene (where that is 30 % of the image, 1.5 fails on 15 % of the frames and 2 on 70 %)."""
     seed: int = 0
     per_camera_calib: str | None = None
-    """File with one scale and shift per camera to start from."""
+    """calibration.json of an earlier run to start from; refused unless network, lenses, sizes and unit are the same."""
 
     def check(self) -> None:
         """Refuse impossible values.
 
         Raises:
-            ReconError: a knob outside its range. Refused: `per_camera_calib` is set.
+            ReconError: a knob outside its range.
         """
-        if self.per_camera_calib is not None:
-            raise Refused(
-                f"align.per_camera_calib={self.per_camera_calib}: reading calibrations back is not built yet",
-                "leave it out; every run writes what it found to calibration.json",
-            )
         for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
             if not least <= value <= most:
@@ -76,9 +72,12 @@ class Align:
                     f"align.{name}={value}: must lie in [{least:g}, {most:g}]", f"the default is {default}"
                 )
 
-    def aligner(self, camera: str, depth_type: DepthType, metric: bool) -> CameraAligner:
-        """A fresh aligner for one camera. `metric`: the map's unit is the metre."""
-        return CameraAligner(camera, self, depth_type, metric)
+    def aligner(
+        self, camera: str, depth_type: DepthType, metric: bool, start: Mapping[str, Any] | None = None
+    ) -> CameraAligner:
+        """An aligner for one camera. `metric`: the map's unit is the metre. `start`: its entry of a calibration."""
+        start = start or {}
+        return CameraAligner(camera, self, depth_type, metric, start.get("s"), start.get("t"))
 
 
 @dataclass(frozen=True)

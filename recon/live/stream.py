@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recon.errors import ReconError
 from recon.geometry.views import Array, Bootstrap, DepthImage, PosedDepth, View
 from recon.live.align import Align, AlignResult, CameraAligner
+from recon.live.calibration_file import require_size
 from recon.live.reader import Batch, Reader
 from recon.live.reference import Reference
 
@@ -78,7 +79,7 @@ class Streamer:
     """Streams a source into a map: one aligner per camera; the map and the reference belong to the thread of `run`.
 
     again: bootstraps anew from the views of one batch, in the frame of the map; None when it could not.
-    stop: set by a signal, ends the stream after the batch in hand.
+    stop: set by a signal, ends the stream after the batch in hand. starts: calibration entries by camera.
     """
 
     source: Source
@@ -91,6 +92,8 @@ class Streamer:
     options: StreamOptions = field(default_factory=StreamOptions)
     again: Callable[[list[View]], tuple[Bootstrap, Map] | None] | None = None
     stop: Event = field(default_factory=Event)
+    starts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
     aligners: dict[str, CameraAligner] = field(init=False)
     batches: int = field(default=0, init=False)
     dropped_late: int = field(default=0, init=False)
@@ -151,6 +154,7 @@ class Streamer:
 
     def _align_and_fuse(self, batch: Batch, view: View, predicted: PoolResult) -> FrameResult:
         aligner, ms = self.aligners[view.camera], {"read": batch.read_ms, "wait": predicted.waited_ms}
+        self._require_size(view)
         if predicted.depth is None:
             failed = aligner.skip(f"no depth: {predicted.error}")
             return FrameResult(view, failed, None, 0.0, {**ms, "depth": predicted.ms, "latency": batch.age_ms()})
@@ -167,6 +171,11 @@ class Streamer:
         render, align, fuse = ((after - before) * 1e3 for before, after in pairwise(clock))
         ms |= {"depth": predicted.ms, "render": render, "align": align, "fuse": fuse, "latency": batch.age_ms()}
         return FrameResult(view, result, depth, anchored, ms)
+
+    def _require_size(self, view: View) -> None:
+        """Refuse images of another size than the calibration's, which its pair does not fit."""
+        if self.sizes.setdefault(view.camera, view.size) == view.size and view.camera in self.starts:
+            require_size(str(self.align.per_camera_calib), view.camera, self.starts[view.camera], view.size)
 
     def _camera(self, view: View) -> tuple[Array, Array]:
         """Intrinsics and pose of a frame: the source's own where the map is in its frame, else the bootstrap's."""
@@ -187,6 +196,7 @@ class Streamer:
         if self.again is None or not 0 < self.options.rebootstrap_after <= self._poor_steps:
             return
         self._poor_steps = 0
+        self.starts = {}  # found for a map that no longer fits
         found = self.again(batch.views)
         self.rebootstraps.append({"step": batch.step, "accepted": found is not None})
         if found is not None:
@@ -198,5 +208,6 @@ class Streamer:
         self.reference = Reference(anchor, self.fused, self.align.render_width)
         metric = bootstrap.scale.unit == "m"
         self.aligners = {
-            camera: self.align.aligner(camera, self.depth.type, metric) for camera in self.source.cameras()
+            camera: self.align.aligner(camera, self.depth.type, metric, self.starts.get(camera))
+            for camera in self.source.cameras()
         }
