@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from recon.errors import ReconError
 from recon.geometry.preprocess import Placement
-from recon.geometry.sim3 import extent, rms_distance, rotation_residual_deg, umeyama
+from recon.geometry.sim3 import extent, rms_distance, rotation_residual_deg, spread, umeyama
 from recon.geometry.views import Array, View
 
+log = logging.getLogger(__name__)
 MAX_CENTRE_RESIDUAL = 0.10
 """Largest RMS distance of predicted from given camera centres, as a share of the rig's extent."""
 MAX_ROTATION_RESIDUAL_DEG = 15.0
@@ -32,7 +34,9 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
     """Compare predicted cameras with given ones, and take the given ones where the two agree.
 
     The scale is that of the similarity from predicted to given camera centres (Umeyama). Given intrinsics replace the
-    predicted ones of their view, mapped to the network's resolution.
+    predicted ones of their view, mapped to the network's resolution. Where the two disagree, poses that all views call
+    trusted (a calibrated rig) are used all the same: the scale is then the ratio of the rigs' spreads (symmetric form of
+    Horn, "Closed-form solution of absolute orientation", 1987), which disagreement does not shrink; the notes say so.
 
     Args:
         views: with or without pose and intrinsics. placements: source pixels to the network's, one per view.
@@ -53,6 +57,14 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
     centres = rms_distance(similarity.apply(T_world_cam[:, :3, 3]), target[:, :3, 3]) / size
     degrees = rotation_residual_deg(T_world_cam[:, :3, :3], target[:, :3, :3])
     notes |= {"pose_centre_residual_share": centres, "pose_rotation_residual_deg": degrees}
+    trusted = all(view.pose_trusted for view in views)
+    if trusted and (centres > MAX_CENTRE_RESIDUAL or degrees > MAX_ROTATION_RESIDUAL_DEG):
+        scale = spread(target[:, :3, 3]) / spread(T_world_cam[:, :3, 3])
+        doubt = (
+            f"the network's cameras miss the calibrated rig by {centres:.0%} of its extent and {degrees:.0f} degrees"
+        )
+        log.warning("%s: the given poses are used, the scale of the depth is uncertain", doubt)
+        return _accepted(views, placements, K, target, scale, notes | {"pose_confidence": f"low: {doubt}"})
     if centres > MAX_CENTRE_RESIDUAL:
         limit = f"{MAX_CENTRE_RESIDUAL:.0%}"
         return _rejected(
@@ -61,13 +73,15 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
     if degrees > MAX_ROTATION_RESIDUAL_DEG:
         limit = f"{MAX_ROTATION_RESIDUAL_DEG:g} degrees"
         return _rejected(K, T_world_cam, notes, f"predicted rotations miss by {degrees:.1f} degrees, over {limit}")
-    return Registration(
-        True,
-        np.stack([k if v.K is None else p.to_network(v.K) for v, p, k in zip(views, placements, K, strict=True)]),
-        target,
-        similarity.scale,
-        notes | {"pose_source": "known poses", "depth_scale_factor": similarity.scale},
-    )
+    return _accepted(views, placements, K, target, similarity.scale, notes)
+
+
+def _accepted(
+    views: list[View], placements: list[Placement], K: Array, target: Array, scale: float, notes: dict[str, float | str]
+) -> Registration:
+    given = [k if v.K is None else p.to_network(v.K) for v, p, k in zip(views, placements, K, strict=True)]
+    notes = notes | {"pose_source": "known poses", "depth_scale_factor": scale}
+    return Registration(True, np.stack(given), target, scale, notes)
 
 
 def _rejected(K: Array, T_world_cam: Array, notes: dict[str, float | str], reason: str) -> Registration:

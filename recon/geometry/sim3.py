@@ -54,6 +54,11 @@ def rms_distance(found: Array, target: Array) -> float:
     return float(np.sqrt(((found - target) ** 2).sum(-1).mean()))
 
 
+def spread(points: Array) -> float:
+    """Root mean square distance of points [N,3] from their mean."""
+    return rms_distance(points, points.mean(0))
+
+
 def extent(points: Array) -> float:
     """Largest distance between two of the points [N,3]."""
     return float(np.linalg.norm(points[:, None] - points[None], axis=-1).max())

@@ -112,6 +112,8 @@ class Calibrated(Source):
     """Optics, distortion and poses in one file: .npz, TOML (caliscope), transforms.json (nerfstudio), COLMAP folder."""
     rig_unit: str | None = None
     """m or arbitrary: overrides what the rig file says of its unit; null believes the file."""
+    trust_poses: bool | None = None
+    """Keep the poses even where the network's cameras disagree with them; null: those of a rig file, not of `poses`."""
     max_skew_ms: float = 50.0
     """Frames of one batch are at most this far apart in time, ms; frames without partner go on alone."""
 

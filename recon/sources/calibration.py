@@ -48,6 +48,7 @@ class Calibration:
     optics: dict[str, Optics]
     poses: dict[str, Array] = field(default_factory=dict)
     by_image: dict[tuple[str, str], Array] = field(default_factory=dict)
+    trusted: bool = False
 
     def pose(self, camera: str, frame: int, stem: str = "") -> Array | None:
         """T_world_cam of one frame; None where nothing is known of it."""
@@ -74,11 +75,11 @@ class Calibration:
         pose = self.pose(camera, frame, stem)
         known = self.optics.get(camera)
         if known is None:
-            return View(camera, frame, image, None, pose, depth, time_s)
+            return View(camera, frame, image, None, pose, depth, time_s, pose_trusted=self.trusted)
         bent = known.undistortion
         if bent is not None:
             image, depth = bent.image(image), None if depth is None else bent.depth(depth)
-        return View(camera, frame, image, known.K, pose, depth, time_s, bent)
+        return View(camera, frame, image, known.K, pose, depth, time_s, bent, self.trusted)
 
     def plain(self) -> list[Any]:
         """Everything that changes views, as plain data for keys."""
@@ -87,7 +88,7 @@ class Calibration:
             for camera, o in sorted(self.optics.items())
         }
         poses = {camera: value.tolist() for camera, value in sorted(self.poses.items())}
-        return [optics, poses, [[*key, value.tolist()] for key, value in sorted(self.by_image.items())]]
+        return [self.trusted, optics, poses, [[*key, value.tolist()] for key, value in sorted(self.by_image.items())]]
 
 
 def calibrate(
@@ -106,7 +107,7 @@ def calibrate(
     """
     rig = source._rig()
     lenses: dict[str, Lens] = {}
-    found = Calibration({})
+    found = Calibration({}, trusted=rig is not None if source.trust_poses is None else source.trust_poses)
     if source.intrinsics:
         lenses = read_intrinsics(Path(source.intrinsics), available, list(sizes)).lens
     if source.poses:

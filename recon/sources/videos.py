@@ -83,7 +83,7 @@ class Videos(Recording):
     def content_key(self) -> str:
         digest = hashlib.sha256()
         for view in self.bootstrap():
-            known = [view.camera, view.frame, view.time_s, view.image.shape]
+            known = [view.camera, view.frame, view.time_s, view.image.shape, view.pose_trusted]
             matrices = [None if m is None else m.tolist() for m in (view.K, view.T_world_cam)]
             digest.update(json.dumps([known, matrices]).encode())
             digest.update(view.image.tobytes())
