@@ -33,8 +33,8 @@ SIMPLIFY_LIMIT = 1_900_000_000  # bytes of weights; onnxsim works on one protobu
 EXAMPLE_SEED, CHECK_SEED = 0, 1000  # the check must not see the example that the graph was traced with
 
 # One MatMul and one Add per Linear is what later quantisation looks for, and every engine fuses the pair itself;
-# as Gemm the same layer needs two Reshapes around it.
-SKIPPED_OPTIMISERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched"]
+# as Gemm the same layer needs two Reshapes around it, and q, k and v in one product have one scale and no module path.
+SKIPPED_OPTIMISERS = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv"]
 
 
 @dataclass

@@ -42,7 +42,7 @@ class LayerFormat:
     @property
     def calibrated(self) -> bool:
         """Whether the input's range has to be known before the engine is built."""
-        return self.activation in ("int8", "fp8")
+        return self.activation in ("int8", "fp8", "nvfp4-dynamic")  # NVFP4's block scales share one calibrated factor
 
     @property
     def label(self) -> str:
@@ -111,13 +111,17 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All decisions for one network: formats by module path, the tool's weights, ranges, and the rest's format."""
+    """All decisions for one network: formats by module path, the tool's weights, ranges, and the rest's format.
+
+    notes: module path -> why a layer is left alone, or treated otherwise than the quant mode's own format says.
+    """
 
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     ranges: Ranges | None = None
     rest: RestFormat = "fp32"
     infos: Mapping[str, LayerInfo] = field(default_factory=dict)  # every layer of the network, treated or not
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:

@@ -17,7 +17,7 @@ from recon.errors import ReconError
 from recon.formats import LayerFormat, Recipe
 from recon.network import Network
 
-EXPORT_VERSION = "export.1"  # raise when the exporter writes other files for the same settings
+EXPORT_VERSION = "export.2"  # raise when the exporter writes other files for the same settings
 CALIBRATION_VERSION = "calibration.1"
 WRITER_VERSION = "writer.1"
 BUILD_VERSION = "build.2"

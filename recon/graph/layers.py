@@ -1,0 +1,96 @@
+"""Linear layers in an exported graph, found by the module path that the exporter leaves in a node's metadata."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recon.errors import ReconError
+
+if TYPE_CHECKING:
+    import onnx
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # e.g. "['', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear']"
+PRODUCTS = ("MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One product with a layer's weight; a layer that is called several times has several.
+
+    weight: name of its initialiser. transposed: it lies as [out, in] there (Gemm with transB), not [in, out].
+    cast: ONNX type to which a Cast node between initialiser and product brings it; 0 = there is none.
+    """
+
+    path: str
+    node: onnx.NodeProto
+    weight: str
+    transposed: bool
+    cast: int = 0
+
+    @property
+    def input(self) -> str:
+        """Name of the value that the weight is multiplied with."""
+        return str(self.node.input[0])
+
+
+def scopes(node: onnx.NodeProto) -> list[str]:
+    """Module paths from the outermost to the innermost, and the operator's name last; empty without metadata."""
+    text = next((item.value for item in node.metadata_props if item.key == SCOPES), "")
+    try:
+        found = ast.literal_eval(text) if text else []
+    except (ValueError, SyntaxError):  # not written by torch's exporter
+        return []
+    return [str(scope) for scope in found]
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """Path of the innermost module that the node belongs to; empty when the graph does not say."""
+    found = scopes(node)
+    return found[-2] if len(found) > 1 else ""
+
+
+def find_layers(model: onnx.ModelProto, paths: Collection[str]) -> list[Occurrence]:
+    """Every product with the weight of one of the Linear modules `paths`, in graph order.
+
+    A product belongs to the innermost module of its metadata that is in `paths`, and only when its second factor is
+    an initialiser (or one behind a Cast): attention's products have none.
+
+    Raises:
+        ReconError: a Linear layer's product is in a form that cannot be rewritten (a Gemm with factors of its own).
+    """
+    constants = {item.name for item in model.graph.initializer}
+    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    found = []
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        path = next((scope for scope in reversed(scopes(node)[:-1]) if scope in paths), None)
+        weight, cast = node.input[1], 0
+        if weight in casts:
+            cast = next(item.i for item in casts[weight].attribute if item.name == "to")
+            weight = casts[weight].input[0]
+        if path is not None and weight in constants:
+            found.append(Occurrence(path, node, weight, _transposed(node, path), cast))
+    return found
+
+
+def require_present(found: Collection[Occurrence], paths: Collection[str], what: str) -> None:
+    """Raise ReconError when a layer that is to be quantised is not in the graph."""
+    if missing := sorted(set(paths) - {item.path for item in found}):
+        raise ReconError(
+            f"{what}: {len(missing)} layers to be quantised have no product in the graph, {missing[0]} for one",
+            "they are constant at this geometry or merged with others: add them to quant_mode.keep",
+        )
+
+
+def _transposed(node: onnx.NodeProto, path: str) -> bool:
+    values = {item.name: item for item in node.attribute}
+    if node.op_type == "MatMul":
+        return False
+    plain = all(name not in values or values[name].f == 1.0 for name in ("alpha", "beta"))
+    if not plain or ("transA" in values and values["transA"].i):
+        raise ReconError(f"layer {path}: its Gemm scales or transposes its input", "add it to quant_mode.keep")
+    return "transB" in values and bool(values["transB"].i)
