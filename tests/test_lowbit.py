@@ -10,7 +10,7 @@ from torch import nn
 from recon.errors import ReconError
 from recon.formats import BITS, LayerFormat, QuantizedWeight, Ranges, Recipe, WeightFormat
 from recon.lowbit.apply import Inference, apply, prepare, stored_bytes
-from recon.lowbit.linear import Fp8Linear, Int8Linear, LowBitLinear, WeightOnlyLinear, lowbit_linear
+from recon.lowbit.linear import Fp8Linear, Int8Linear, LowBitLinear, SimulatedLinear, WeightOnlyLinear, lowbit_linear
 from recon.lowbit.packing import pack, shifts, unpack
 from recon.lowbit.support import refusal
 
@@ -66,7 +66,7 @@ def test_int8_products_are_exact_integer_sums(per_tensor: bool, sizes: tuple[int
     x = torch.randn(3, 5, sizes[1])
     reach = 2.0 if activation == "int8" else float(x.abs().max())  # some inputs lie beyond the range: they saturate
     step = torch.tensor(reach) / 127
-    codes = (x / step).round().clamp(-127, 127).long()
+    codes = (x / step).round().clamp(-128, 127).long()
     want = (codes @ weight.codes.long().T).double() * (step.double() * weight.scale.double()) + layer.bias
     got = lowbit_linear(layer, weight, torch.float32, reach)(x)
     assert isinstance(lowbit_linear(layer, weight, torch.float32, reach), Int8Linear)
@@ -125,6 +125,30 @@ def test_odd_sizes_pack_too() -> None:
     weight = quantised(layer.weight, LayerFormat("fp4", block=3))
     made = lowbit_linear(layer, weight, torch.float32)
     assert torch.equal(made.dequantised(), weight.dequantised())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        LayerFormat("int8", "int8"),
+        LayerFormat("int8", "int8-dynamic"),
+        LayerFormat("fp8", "fp8", per_tensor=True),
+        LayerFormat("nvfp4", "nvfp4-dynamic", block=16),
+    ],
+    ids=lambda asked: asked.label,
+)
+def test_simulation_gives_the_numbers_of_the_product(asked: LayerFormat) -> None:
+    layer, x = linear(), torch.randn(40, 64)
+    weight = quantised(layer.weight, asked)
+    made = lowbit_linear(layer, weight, torch.float32, 2.0, simulate=True)
+    assert isinstance(made, SimulatedLinear)
+    if asked.activation == "nvfp4-dynamic":
+        with pytest.raises(ReconError, match=r"nvfp4.*no PyTorch layer"):
+            lowbit_linear(layer, weight, torch.float32, 2.0)
+        want = layer(x)
+        assert 0.02 < float((made(x) - want).norm() / want.norm()) < 0.2
+    else:
+        torch.testing.assert_close(made(x), lowbit_linear(layer, weight, torch.float32, 2.0)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_conversion_of_the_whole_module_leaves_stored_formats_alone() -> None:

@@ -1,4 +1,4 @@
-"""A recipe carried out on a torch module: low-bit layers in place of Linear ones, everything else in the rest's format."""
+"""A recipe carried out on a torch module: low-bit layers for Linear ones, everything else in the rest's format."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def prepare(
 def apply(module: nn.Module, recipe: Recipe, *, wide: Iterable[str] = (), simulate: bool = False) -> nn.Module:
     """Replace every layer of the recipe in place; the rest of the module is left as it is.
 
-    wide: layers whose outputs are FP32 whatever the rest's format is. simulate: layers compute in the rest's format
-    with operands rounded to theirs, for devices that cannot multiply in it.
+    wide: layers whose outputs are FP32 whatever the rest's format is. simulate: layers multiply in the rest's format
+    what was rounded to theirs, for devices that cannot multiply in it.
 
     Raises:
         ReconError: the recipe is not one for this module.
@@ -86,12 +86,7 @@ def apply(module: nn.Module, recipe: Recipe, *, wide: Iterable[str] = (), simula
             linear.weight = nn.Parameter(weight.dequantised(), requires_grad=False)
             continue
         reach = _reach(recipe, path, asked)
-        if simulate:
-            from recon.lowbit.simulate import simulated_linear
-
-            module.set_submodule(path, simulated_linear(linear, weight, dtype, reach))
-        else:
-            module.set_submodule(path, lowbit_linear(linear, weight, dtype, reach))
+        module.set_submodule(path, lowbit_linear(linear, weight, dtype, reach, simulate))
     return module
 
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recon.errors import ReconError
 from recon.formats import FP8_MAX, INT8_MAX, LayerFormat, QuantizedWeight
 from recon.lowbit.packing import pack, shifts, unpack
+from recon.lowbit.simulate import round_input
 
 ALIGNMENT = 16  # sizes that CUDA's FP8 product asks of a weight; its INT8 product asks for 8
 FEW_ROWS = 17  # CUDA's INT8 product takes no fewer
@@ -90,7 +92,7 @@ class Fp8Linear(LowBitLinear):
 class Int8Linear(LowBitLinear):
     """INT8 times INT8 by `torch._int_mm` with INT32 sums, symmetric.
 
-    The activation's scale is calibrated, or (without `reach`) the largest value of the tensor, found in every inference.
+    The activation's scale is calibrated, or (without `reach`) that of the tensor's largest value, found anew each time.
     """
 
     weight: Tensor
@@ -108,7 +110,7 @@ class Int8Linear(LowBitLinear):
     def product(self, x: Tensor) -> Tensor:
         x = x.float()
         step = x.abs().amax().clamp(min=TINY) / INT8_MAX if self.input_scale is None else self.input_scale
-        codes = (x / step).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        codes = (x / step).round().clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
         rows, columns = (FEW_ROWS - x.shape[0] if x.is_cuda else 0), self.weight.shape[1] - self.in_features
         if rows > 0 or columns:
             codes = F.pad(codes, (0, columns, 0, max(0, rows)))
@@ -158,10 +160,32 @@ class WeightOnlyLinear(LowBitLinear):
         return self.codebook[unpack(self.codes, shifts, self.in_features).int()]
 
 
+class SimulatedLinear(WeightOnlyLinear):
+    """The numbers of a low-bit product without its speed: operands rounded to their formats, multiplied in `out_dtype`.
+
+    For trying a mode on a device that cannot multiply in its format; only made where a user asked for simulation.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, weight: QuantizedWeight, out_dtype: torch.dtype, reach: float | None = None
+    ) -> None:
+        super().__init__(linear, weight, out_dtype)
+        self.reach = reach
+
+    def product(self, x: Tensor) -> Tensor:
+        return super().product(round_input(x.float(), self.format.activation, self.reach))
+
+
 def lowbit_linear(
-    linear: nn.Linear, weight: QuantizedWeight, out_dtype: torch.dtype, reach: float | None = None
+    linear: nn.Linear,
+    weight: QuantizedWeight,
+    out_dtype: torch.dtype,
+    reach: float | None = None,
+    simulate: bool = False,
 ) -> LowBitLinear:
     """The layer that carries out `weight.format`. reach: calibrated largest input, for static activation scales."""
+    if simulate and weight.format.activation:
+        return SimulatedLinear(linear, weight, out_dtype, reach)
     match weight.format.activation:
         case "":
             return WeightOnlyLinear(linear, weight, out_dtype)
@@ -174,7 +198,9 @@ def lowbit_linear(
             assert reach is not None, "a calibrated format without a range"
             return Fp8Linear(linear, weight, out_dtype, reach)
         case _:
-            raise AssertionError(f"no layer computes {weight.format.label}")
+            raise ReconError(
+                f"{weight.format.label}: no PyTorch layer here computes it", "engine.simulate=true shows its numbers"
+            )
 
 
 def _aligned(codes: Tensor) -> Tensor:
