@@ -1,0 +1,106 @@
+"""An ONNX file becomes a TensorRT network whose layers carry the module paths of the torch module."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recon.engines.trt.library import Library
+from recon.engines.trt.messages import Heard
+from recon.errors import ReconError
+
+if TYPE_CHECKING:
+    import onnx
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # what torch's exporter keeps of a node's place in the module
+SEPARATOR = "|"
+LIMIT = 2**31 - 1  # bytes of one protobuf
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The graph without its weights, which stay in their own file.
+
+    Raises:
+        ReconError: the file is missing or no ONNX file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise ReconError(f"{path}: no such file", "run stages=[export,build] first")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise ReconError(f"{path}: not an ONNX file, or a damaged one ({error})", "delete it and run again") from error
+    if not model.graph.node:
+        raise ReconError(f"{path}: an ONNX file without any node", "delete it and run again")
+    return model
+
+
+def name_by_module(model: onnx.ModelProto) -> None:
+    """Rename every node to `<module path>|<operator>|<number>`: TensorRT's layers, logs and errors repeat these names.
+
+    A node without a module path (an optimiser made it) inherits none: its path is empty.
+    """
+    for number, node in enumerate(model.graph.node):
+        node.name = SEPARATOR.join((module_path(node), node.op_type, str(number)))
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """Path of the innermost module that a node came from; empty when it is not known."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
+    try:
+        scopes = ast.literal_eval(text) if text else []
+    except (ValueError, SyntaxError):
+        return ""
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def parse(library: Library, network: Any, logger: Any, model: onnx.ModelProto, path: Path, heard: Heard) -> Any:
+    """Fill `network` from `model`, whose external weights lie beside `path`. Returns the parser: keep it alive.
+
+    Raises:
+        ReconError: TensorRT lacks an operator or refuses the graph; operator and module path are named.
+    """
+    parser = library.trt.OnnxParser(network, logger)
+    if model.ByteSize() > LIMIT:
+        raise ReconError(f"{path}: more than 2 GB in one protobuf", "keep the weights in an external data file")
+    if parser.parse(model.SerializeToString(), str(path)):
+        return parser
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    if not faults:
+        raise ReconError(f"{path.name}: TensorRT {library.version} cannot parse it: {heard.reason}", "")
+    raise ReconError(
+        f"{path.name}: TensorRT {library.version} cannot parse it: " + "; ".join(map(_fault, faults[:3])),
+        "write that operation in terms that TensorRT has, or choose engine=onnxruntime or engine=torch",
+    )
+
+
+def _fault(error: Any) -> str:
+    module, _, rest = str(error.node_name()).partition(SEPARATOR)
+    place = f" of module {module}" if module else f" ({rest})" if rest else ""
+    return f"operator {error.node_operator() or '?'}{place}: {str(error.desc()).strip()}"
+
+
+def inputs(network: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the network's inputs; -1 = dynamic."""
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    return {str(tensor.name): tuple(int(size) for size in tensor.shape) for tensor in tensors}
+
+
+def decompose_attention(library: Library, network: Any) -> int:
+    """Let opset-23 `Attention` without a kernel of its own (FP32, odd head sizes) be computed step by step; how many.
+
+    Where a kernel exists it is still used: the FP16 plan keeps its size to the byte.
+    """
+    trt, count = library.trt, 0
+    if not hasattr(trt, "IAttentionInputLayer"):
+        return 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give the base class
+            layer.attention.decomposable = True
+            count += 1
+    return count
