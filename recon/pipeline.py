@@ -194,9 +194,8 @@ def evaluate(run: Run) -> str:
     run.record.metrics |= flat
     if not found:
         return "the source has no recorded depth and no reference surface: nothing to judge against"
-    return ", ".join(
-        f"{key} {found[key]:.3g}" for key in ("depth_absrel", "depth_delta1", "map_f_score") if key in found
-    )
+    shown = ("depth_absrel", "depth_delta1", "map_f_score", "plane_rms", "pose_auc30")
+    return ", ".join(f"{key} {found[key]:.3g}" for key in shown if key in found) or "see metrics.json"
 
 
 def report(run: Run) -> str:

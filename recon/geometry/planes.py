@@ -25,18 +25,26 @@ class Plane:
     points: NDArray[np.int64]
 
 
-def find_planes(points: Array, normals: Array, tolerance: float, least_share: float = 0.03, most: int = 8) -> list[Plane]:
+def find_planes(
+    points: Array, normals: Array, tolerance: float, least_share: float = 0.03, most: int = 8
+) -> list[Plane]:
     """The largest planes of an oriented surface [N,3], each with at least `least_share` of its points.
 
     Greedy: hypotheses are points with their normals (of a sample, with a fixed seed), the one with most points within
     `tolerance` is refined twice by least squares, its points are taken out.
     """
-    rng, free, planes = np.random.default_rng(0), np.arange(len(points)), []
+    rng, free = np.random.default_rng(0), np.arange(len(points))
+    planes: list[Plane] = []
     free = free[np.linalg.norm(normals, axis=1) > 0.5]
     while len(planes) < most and len(free) >= max(3, least_share * len(points)):
         sample = free if len(free) <= SAMPLE else rng.choice(free, SAMPLE, replace=False)
         best = max(
-            (_inliers(points[sample], normals[sample], normals[seed], float(normals[seed] @ points[seed]), tolerance).sum(), seed)
+            (
+                _inliers(
+                    points[sample], normals[sample], normals[seed], float(normals[seed] @ points[seed]), tolerance
+                ).sum(),
+                seed,
+            )
             for seed in rng.choice(free, min(HYPOTHESES, len(free)), replace=False)
         )[1]
         normal, offset = normals[best], float(normals[best] @ points[best])
