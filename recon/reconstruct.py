@@ -150,7 +150,7 @@ def reconstruct_scene(
             bootstrap,
             artifact.reused,
             fused,
-            DepthScores(bootstrap.scale),
+            DepthScores(bootstrap),
             frames,
             provenance,
         )
