@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,15 @@ def export(network: Network, out: Path, options: ExportOptions) -> dict[str, Any
 
 def versions() -> dict[str, str]:
     """Versions of the tools whose output the file is: part of its cache key. Imports none of them."""
-    return {package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")}
+    return {package: _version(package) for package in ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")}
+
+
+def _version(package: str) -> str:
+    """`none` for a package that is not there: graphs are then not simplified, which the manifest also says."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 @contextmanager
