@@ -25,6 +25,7 @@ from recon.geometry.views import Array, DepthImage, Image
 MAX_HALF_ANGLE_DEG = 65.0
 """A view is cut to this angle on either side: beyond it a pinhole image is mostly stretch."""
 _STEP, _ITERATIONS, _CONVERGED = 1e-6, 50, 1e-10
+_RIM = 1e-3  # pixels by which a view may reach beyond the centres of the outermost pixels
 _PROBES = 33  # samples along a side when a view is fitted into an image
 
 
@@ -96,7 +97,7 @@ class Undistortion:
         """The view of a camera image [H,W,3], bilinear."""
         import cv2
 
-        return np.asarray(cv2.remap(image, *self._maps, cv2.INTER_LINEAR), np.uint8)
+        return np.asarray(cv2.remap(image, *self._maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), np.uint8)
 
     def depth(self, depth: DepthImage) -> DepthImage:
         """The same for z-depth [H,W], nearest: z along the axis does not change, and depth is never mixed."""
@@ -165,7 +166,7 @@ def _covered(lens: Lens, size: tuple[int, int], zoom: float) -> bool:
     axes = (np.linspace(0, side - 1, _PROBES) for side in size)
     slopes = (np.stack(np.meshgrid(*axes), axis=-1) - K[:2, 2]) / np.diag(K)[:2]
     pixels = lens.pixels(slopes)
-    inside = (pixels >= -0.5) & (pixels <= np.array(size) - 0.5)
+    inside = (pixels >= -_RIM) & (pixels <= np.array(size) - 1 + _RIM)
     return bool(inside.all() and (np.linalg.det(_jacobian(lens.distort, slopes)) > 0).all())
 
 

@@ -35,7 +35,7 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
 
     The scale is that of the similarity from predicted to given camera centres (Umeyama). Given intrinsics replace the
     predicted ones of their view, mapped to the network's resolution. Where the two disagree, poses that all views call
-    trusted (a calibrated rig) are used all the same: the scale is then the ratio of the rigs' spreads (symmetric form of
+    trusted (a calibrated rig) are used all the same: the scale is then the ratio of the rigs' spreads (after
     Horn, "Closed-form solution of absolute orientation", 1987), which disagreement does not shrink; the notes say so.
 
     Args:
