@@ -1,0 +1,186 @@
+"""Kernels one by one on the shapes of VGGT-1B: time, rate and error against FP32 twins, beside the libraries' own.
+
+    python benchmarks/kernels_gpu.py --out kernels.json [--only linear attention rows heads]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recon.kernels import launch
+from recon.kernels.launch import AttentionTile, LinearTile
+
+RECORD: dict[str, Any] = {}
+
+
+def main() -> None:
+    """Measure the chosen groups; the file is written after each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=["rows", "linear", "attention"])
+    parser.add_argument("--views", type=int, nargs="*", default=[8, 1])
+    arguments = parser.parse_args()
+    RECORD.update(device=torch.cuda.get_device_name(), torch=torch.__version__, date=time.strftime("%Y-%m-%d"), rows=[])
+    torch.manual_seed(0)
+    for views in arguments.views:
+        for name in arguments.only:
+            try:
+                GROUPS[name](views, arguments.out)
+            except Exception as error:  # one group must not take the others' results with it
+                print(name, "failed:", type(error).__name__, str(error)[:300], flush=True)
+
+
+def note(out: Path, group: str, label: str, call: Callable[[], Any], flop: float = 0, data: float = 0,
+         error: Callable[[], float] | None = None) -> None:  # fmt: skip
+    """Median of graph replays; a kernel that does not build or run is a row too."""
+    row: dict[str, Any] = {"group": group, "label": label}
+    try:
+        call()
+        torch.cuda.synchronize()
+        row["error"] = error() if error else None
+        row["ms"] = graph_time(call)
+        row["tflops"], row["tbs"] = flop / row["ms"] / 1e9, data / row["ms"] / 1e9
+        text = f"{row['ms'] * 1e3:9.1f} us {row['tflops']:7.0f} TF/s {row['tbs']:5.2f} TB/s err {row['error'] or 0:.1e}"
+    except Exception as error_:
+        row["failed"] = f"{type(error_).__name__}: {str(error_)[:200]}"
+        text = row["failed"].replace("\n", " ")[:150]
+    RECORD["rows"].append(row)
+    out.write_text(json.dumps(RECORD, indent=1))
+    print(f"{group:28s} {label:44s} {text}", flush=True)
+
+
+def graph_time(call: Callable[[], Any], inner: int = 10, samples: int = 15) -> float:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(inner):
+                call()
+        for _ in range(3):
+            graph.replay()
+        times = []
+        for _ in range(samples):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / inner)
+    return sorted(times)[len(times) // 2]
+
+
+def rel(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def linear(views: int, out: Path) -> None:
+    """The four products of a block: libraries, and the fused ones."""
+    m, low, eight = 1374 * views, torch.bfloat16, torch.float8_e4m3fn
+    for name, n, k in (("qkv", 3072, 1024), ("proj", 1024, 1024), ("fc1", 4096, 1024), ("fc2", 1024, 4096)):
+        group, flop = f"{name} {m}x{n}x{k}", 2.0 * m * n * k
+        a, w = torch.randn(m, k, device="cuda", dtype=low), torch.randn(n, k, device="cuda", dtype=low) / k**0.5
+        b, one = torch.randn(n, device="cuda"), torch.ones((), device="cuda")
+        bl, a8, w8 = b.bfloat16(), a.to(eight), (w * 64).to(eight)
+        wanted = F.gelu((a8.float() @ w8.float().T) / 64 + b)
+        note(out, group, "cublas bf16 + bias", partial(torch.addmm, bl, a, w.T), flop)
+        scaled = partial(torch._scaled_mm, a8, w8.T, one, one, bias=bl, out_dtype=low, use_fast_accum=True)
+        note(out, group, "cublas fp8 + bias", scaled, flop)
+        if m > 16:
+            ai = torch.randint(-99, 99, (m, k), device="cuda", dtype=torch.int8)
+            note(out, group, "cublas int8", partial(torch._int_mm, ai, ai.new_ones(n, k).T), flop)
+        if name != "fc1":
+            continue
+        note(out, group, "cublas bf16 + bias + tanh gelu", partial(torch._addmm_activation, bl, a, w.T, use_gelu=True), flop)
+        target = torch.empty(m, n, device="cuda", dtype=eight)
+        for tile in (LinearTile(128, 128, 128, 4, 3, True), LinearTile(128, 256, 128, 8, 3, True, 132)):
+            call = partial(launch.linear, a8, w8, b, target, tile, gelu=True, scale=1 / 64)
+            note(out, group, f"triton fp8 gelu {label(tile)}", call, flop, error=lambda t=target, w=wanted: rel(t.float(), w))
+
+
+def label(tile: Any) -> str:
+    return "/".join(str(int(value)) for value in vars(tile).values())
+
+
+def attention(views: int, out: Path) -> None:
+    scale = 1.4426950408889634 / 8
+    for name, sequences, tokens in (("frame", views, 1374), ("global", 1, 1374 * views)) if views > 1 else (("frame", 1, 1374),):
+        group, flop = f"attention {name} {sequences}x{tokens}", 4.0 * sequences * 16 * tokens**2 * 64
+        qkv = torch.randn(sequences, tokens, 3, 16, 64, device="cuda")
+        q, k, v = F.layer_norm(qkv[:, :, 0], (64,)), F.layer_norm(qkv[:, :, 1], (64,)), qkv[:, :, 2]
+        packed = torch.stack([q * scale, k, v], 2).bfloat16().reshape(sequences, tokens, 3072)
+        ql, kl, vl = (part.reshape(sequences, tokens, 16, 64).transpose(1, 2) for part in packed.chunk(3, -1))
+        few = min(sequences, 1)
+        wanted = torch.cat([
+            (torch.softmax(ql[:few, h].float() @ kl[:few, h].float().mT * 0.6931471805599453, -1) @ vl[:few, h].float())[:, :, None]
+            for h in range(0, 16, 5)
+        ], 2)  # fmt: skip
+        result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+
+        def error(result: torch.Tensor = result, wanted: torch.Tensor = wanted, few: int = few) -> float:
+            return rel(result.view(-1, result.shape[1], 16, 64)[:few, :, ::5].float(), wanted)
+
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            def library(backend: Any = backend) -> None:
+                with sdpa_kernel(backend):
+                    F.scaled_dot_product_attention(ql, kl, vl, scale=0.6931471805599453)
+            note(out, group, backend.name.lower(), library, flop)
+        for bounded, m, n, warps, stages in (
+            (True, 128, 64, 4, 3), (True, 128, 64, 4, 2), (True, 128, 64, 4, 4), (True, 128, 128, 4, 2), (True, 128, 32, 4, 4),
+            (True, 64, 128, 4, 2), (True, 64, 64, 4, 3), (True, 64, 64, 4, 4), (True, 128, 64, 8, 3), (False, 64, 64, 4, 3), (False, 64, 64, 4, 4),
+            (False, 64, 128, 4, 2), (False, 128, 64, 8, 3), (False, 128, 32, 4, 4), (False, 64, 32, 4, 4),
+        ):  # fmt: skip
+            result.fill_(float("nan"))
+            call = partial(
+                launch.attention, packed, packed, packed, result, (0, 1024, 2048), 16, bounded=bounded, m=m, n=n, warps=warps,
+                stages=stages,
+            )  # fmt: skip
+            note(out, group, f"triton {'bounded' if bounded else 'running'} {m}/{n}/{warps}/{stages}", call, flop, error=error)
+        for tile in (
+            AttentionTile(mixed=False), AttentionTile(mixed=False, stages=3), AttentionTile(mixed=False, stages=4),
+            AttentionTile(groups=2, registers=232, mixed=False, stages=3), AttentionTile(128, 64, 2, 4, 232, False),
+            AttentionTile(n=64, stages=4, mixed=False), AttentionTile(n=128, groups=1, registers=240, mixed=False, stages=3), AttentionTile(stages=3),
+        ):  # fmt: skip
+            result.fill_(float("nan"))
+            call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 1024, 2048), 16, tile)
+            note(out, group, f"gluon {label(tile)}", call, flop, error=error)
+
+
+def rows(views: int, out: Path) -> None:
+    m, group = 1374 * views, f"rows {1374 * views}"
+    x, w, b = torch.randn(m, 1024, device="cuda"), torch.randn(1024, device="cuda"), torch.randn(1024, device="cuda")
+    wanted = F.layer_norm(x, (1024,), w, b, 1e-5)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        y = torch.empty(m, 1024, device="cuda", dtype=dtype)
+        note(out, group, f"layer_norm {dtype}", lambda y=y: launch.layer_norm(x, w, b, 1e-5, y), 0, m * 1024 * (4 + y.itemsize), lambda y=y: rel(y.float(), wanted))
+        change = torch.zeros(m, 1024, device="cuda", dtype=torch.bfloat16)
+        note(out, group, f"add_layer_norm {dtype}", lambda y=y: launch.add_layer_norm(x, change, w, b, 1e-5, y), 0, m * 1024 * (10 + y.itemsize), lambda y=y: rel(y.float(), wanted))
+    qkv = torch.randn(m, 3072, device="cuda", dtype=torch.bfloat16)
+    weights, biases = torch.randn(2, 64, device="cuda"), torch.randn(2, 64, device="cuda")
+    angle = torch.rand(1374, 32, device="cuda") * 6
+    qk = torch.empty(m, 2048, device="cuda", dtype=torch.bfloat16)
+    normed = F.layer_norm(qkv[:, :2048].float().view(views, 1374, 2, 16, 64), (64,), eps=1e-5) * weights[:, None] + biases[:, None]
+    c, s, (p, r) = angle.cos()[:, None, None], angle.sin()[:, None, None], normed.chunk(2, -1)
+    turned = torch.cat([p * c - r * s, r * c + p * s], -1).reshape(m, 2048)
+    note(out, group, "qk_norm_rotate", lambda: launch.qk_norm_rotate(qkv, weights, biases, angle.cos(), angle.sin(), qk, 16, 1e-5), 0, m * 2048 * 4, lambda: rel(qk.float(), turned))
+    h = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        y = torch.empty(m, 4096, device="cuda", dtype=dtype)
+        note(out, group, f"gelu {dtype}", lambda y=y: launch.gelu(h, y), 0, m * 4096 * (2 + y.itemsize), lambda y=y: rel(y.float(), F.gelu(h.float())))
+
+
+GROUPS = {"linear": linear, "attention": attention, "rows": rows}
+
+if __name__ == "__main__":
+    main()

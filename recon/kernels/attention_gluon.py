@@ -1,0 +1,196 @@
+"""Bounded attention at head width 64 for Hopper with specialised warps, in Gluon (Triton's explicit dialect).
+
+One warp feeds keys and values through the copy engine; each consumer warpgroup owns a tile of queries and overlaps the
+scores of the next keys with the product of the current weights and values, as FlashAttention-3 does (Shah et al. 2024).
+Unlike it, nothing is rescaled: see `attention_triton` for why a bound on the scores makes the running maximum needless.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from recon.kernels.attention_triton import EXP2_MIXED
+
+
+@gluon.jit
+def _exp2(x, MIXED: gl.constexpr):
+    if MIXED:
+        return gl.inline_asm_elementwise(EXP2_MIXED, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4)
+    else:
+        return gl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def _weights(s, MIXED: gl.constexpr):
+    """Scores to weights and their sums over what one thread holds of each row."""
+    p = _exp2(s, MIXED)
+    quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
+    return p, gl.sum(gl.sum(quads, 3), 1)
+
+
+@gluon.jit
+def _consume(
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row, column,
+    sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MIXED: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_smem.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    steps = gl.cdiv(tokens, BLOCK_N)
+    empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+
+    mbarrier.wait(q_full, 0)
+    q = q_smem.index(index).reshape([ROWS, 64])
+    mbarrier.wait(k_full.index(0), 0)
+    k = k_smem.index(0).reshape([BLOCK_N, 64]).permute([1, 0])
+    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(0), count=1)
+    weights, sums = _weights(s, MIXED)
+    p = gl.convert_layout(weights.to(dtype), p_layout)
+    acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
+    for j in range(1, steps):
+        slot = j % STAGES
+        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
+        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+        last = (j - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((j - 1) // STAGES) & 1)
+        product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_free.index(slot), count=1)
+        weights, more = _weights(s, MIXED)
+        sums += more
+        # The product reads its weights from registers: they have to stay until it is done.
+        acc, p = warpgroup_mma_wait(0, deps=[product, p])
+        mbarrier.arrive(v_free.index(last), count=1)
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+    last = (steps - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
+    product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+
+    total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, out_layout)) - (steps * BLOCK_N - tokens)
+    acc = acc * gl.expand_dims(out_scale / total, 1)
+    tile = o_smem.index(index)
+    tile.reshape([ROWS, 64]).store(acc.to(o_smem.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [sequence, row + index * ROWS, column], tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row, q_column,
+    k_column, v_column, sequence, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(q_full, GROUPS * q_desc.block_type.nbytes)
+    for index in gl.static_range(GROUPS):
+        tma.async_copy_global_to_shared(q_desc, [sequence, row + index * ROWS, q_column], q_full, q_smem.index(index))
+    for j in range(gl.cdiv(tokens, BLOCK_N)):
+        slot = j % STAGES
+        phase = ((j // STAGES) & 1) ^ 1
+        mbarrier.wait(k_free.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_desc, [sequence, j * BLOCK_N, k_column], k_full.index(slot), k_smem.index(slot)
+        )
+        mbarrier.wait(v_free.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v_desc, [sequence, j * BLOCK_N, v_column], v_full.index(slot), v_smem.index(slot)
+        )
+
+
+@gluon.jit
+def bounded_attention_kernel(
+    q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, MIXED: gl.constexpr,
+):  # fmt: skip
+    """One tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3 (the first has num_warps=4)."""
+    row = gl.program_id(0) * (ROWS * GROUPS)
+    column = gl.program_id(1) * 64
+    sequence = gl.program_id(2)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS] + q_desc.block_type.shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=GROUPS)
+        mbarrier.init(v_free.index(i), count=GROUPS)
+    # fmt: off
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_consume, (
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_consume, (
+                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_produce, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
+                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
+                )),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_consume, (
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_produce, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
+                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
+                )),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                )),
+                (_produce, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
+                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
+                )),
+            ],
+            [1], [24],
+        )
+    # fmt: on

@@ -1,0 +1,152 @@
+"""Launchers of the Triton kernels: tensors in, tensors out, block shapes chosen by size. CUDA only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from recon.kernels import attention_gluon, attention_triton, linear_triton, pointwise_triton
+
+GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Block shape of `linear`. programs = 0: one program a tile; else that many walk over all tiles."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: bool = False
+    programs: int = 0
+    group: int = 8
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Block shape of the specialised attention: groups * rows queries a program."""
+
+    rows: int = 64
+    n: int = 128
+    groups: int = 3
+    stages: int = 2
+    registers: int = 160
+    mixed: bool = True
+
+
+def linear(
+    a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tile: LinearTile, *, gelu: bool = False, scale: float = 1.0,
+    out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """See `linear_triton.linear_kernel`. a [M,K], weight [N,K], bias [N] FP32 -> out [M,N] in its own dtype."""
+    (m, k), n = a.shape, weight.shape[0]
+    grid = (tile.programs or triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    linear_triton.linear_kernel[grid](
+        TensorDescriptor.from_tensor(a, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
+        TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2 if tile.split else tile.n]),
+        bias, m, n, k, scale, out_scale, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, GELU=gelu,
+        SPLIT=tile.split, PROGRAMS=tile.programs, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, *, bounded: bool,
+    m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, mixed: bool = False, out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """q, k, v: [sequences, tokens, columns] views of the given first columns; out [sequences, tokens, heads * 64]."""
+    sequences, tokens = q.shape[:2]
+
+    def described(x: Tensor, rows: int) -> Any:
+        return TensorDescriptor.from_tensor(x, [1, rows, 64])
+
+    attention_triton.attention_kernel[(triton.cdiv(tokens, m), heads, sequences)](
+        described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale,
+        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, MIXED=mixed, STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def specialised_attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
+    out_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Bounded attention by `attention_gluon`, 16 bit."""
+    sequences, tokens = q.shape[:2]
+
+    def described(x: Tensor, block: list[int]) -> Any:
+        layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
+        return GluonDescriptor.from_tensor(x, block, layout)
+
+    attention_gluon.bounded_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups), heads, sequences)](
+        described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
+        described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
+        tokens, *columns, out_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages, GROUPS=tile.groups,
+        REGISTERS=tile.registers, MIXED=tile.mixed, num_warps=4,
+    )  # fmt: skip
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0) -> None:
+    """x [rows, width] (rows may be strided) -> out [rows, width] in its own dtype."""
+    rows, width = x.shape
+    pointwise_triton.layer_norm_kernel[(triton.cdiv(rows, 4),)](
+        x, weight, bias, out, rows, out_scale, eps, x.stride(0), WIDTH=width, PADDED=triton.next_power_of_2(width),
+        ROWS=4, num_warps=4,
+    )  # fmt: skip
+
+
+def add_layer_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0
+) -> None:
+    """x [rows, width] FP32 += change in place; out = LayerNorm(x) in its own dtype."""
+    rows, width = x.shape
+    pointwise_triton.add_layer_norm_kernel[(triton.cdiv(rows, 4),)](
+        x, change, weight, bias, out, rows, out_scale, eps, WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=4,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def qk_norm_rotate(
+    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, eps: float,
+    q_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """qkv [rows, 3*heads*64] -> out [rows, 2*heads*64]; cos, sin [tokens, 32] repeat over the rows."""
+    rows, together = qkv.shape[0], 4
+    pointwise_triton.qk_norm_rotate_kernel[(triton.cdiv(rows, together), 2)](
+        qkv, weights, biases, cos, sin, out, rows, cos.shape[0], q_scale, eps, HEADS=heads, ROWS=together, num_warps=4
+    )
+
+
+def joined_layer_norm(
+    left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, skipped: int
+) -> None:
+    """left, right [sequences, tokens, width] FP32 -> out [sequences, tokens - skipped, 2 * width] in its own dtype."""
+    tokens, width = left.shape[1:]
+    pointwise_triton.joined_layer_norm_kernel[(out.shape[0] * out.shape[1],)](
+        left, right, weight, bias, out, out.shape[0] * out.shape[1], tokens, skipped, eps, WIDTH=width,
+        PADDED=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
+    """GELU of x into out, same shape, cast or quantised."""
+    count = x.numel()
+    pointwise_triton.gelu_kernel[(triton.cdiv(count, 4096),)](x, out, count, out_scale, BLOCK=4096, num_warps=8)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float) -> None:
+    """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
+    sequences, tokens = q.shape[:2]
+    few = sequences * heads * triton.cdiv(tokens, 128) < 2 * 132 * 2
+    m, n = (64, 128 if bounded else 64) if few or not bounded else (128, 64)
+    attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=m, n=n, stages=2 if n == 128 else 3, out_scale=out_scale)
+
+
+WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)

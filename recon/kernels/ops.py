@@ -1,0 +1,112 @@
+"""The operations of the fast networks: a Triton kernel on CUDA, its torch twin elsewhere. No autograd.
+
+Nothing switches silently: which kernel a CUDA tensor takes depends on its shape alone, and shapes that no kernel takes
+raise. Import of this module needs torch alone; Triton is imported at the first call on CUDA.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from recon.errors import ReconError
+from recon.kernels import reference
+
+HEAD = 64
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """x [rows, width] -> LayerNorm(x) * scale [rows, width] in dtype (FP32, 16 bit or E4M3, saturated)."""
+    if not x.is_cuda:
+        return reference.layer_norm(x, weight, bias, eps, dtype, scale)
+    out = x.new_empty(x.shape, dtype=dtype)
+    _launch().layer_norm(x, weight, bias, eps, out, scale)
+    return out
+
+
+def add_layer_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    """x [rows, width] FP32 += change, in place -> LayerNorm(x) * scale in dtype: one pass over the residual stream."""
+    if not x.is_cuda:
+        return reference.add_layer_norm(x, change, weight, bias, eps, dtype, scale)
+    out = x.new_empty(x.shape, dtype=dtype)
+    _launch().add_layer_norm(x, change, weight, bias, eps, out, scale)
+    return out
+
+
+def joined_layer_norm(
+    left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, skipped: int
+) -> Tensor:
+    """left, right [sequences, tokens, width] FP32 -> [sequences, tokens - skipped, 2 * width] in dtype."""
+    if not left.is_cuda:
+        return reference.joined_layer_norm(left, right, weight, bias, eps, dtype, skipped)
+    sequences, tokens, width = left.shape
+    out = left.new_empty(sequences, tokens - skipped, 2 * width, dtype=dtype)
+    _launch().joined_layer_norm(left, right, weight, bias, eps, out, skipped)
+    return out
+
+
+def qk_norm_rotate(
+    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float
+) -> Tensor:
+    """qkv [rows, 3C] -> normalised and rotated queries and keys [rows, 2C]; see the twin for the tables."""
+    if not qkv.is_cuda:
+        return reference.qk_norm_rotate(qkv, weights, biases, cos, sin, heads, eps, q_scale)
+    _require_head(qkv.shape[1] // 3, heads)
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3 * 2)
+    _launch().qk_norm_rotate(qkv, weights, biases, cos, sin, out, heads, eps, q_scale)
+    return out
+
+
+def gelu(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """GELU(x) * scale in dtype, same shape."""
+    if not x.is_cuda:
+        return reference.gelu(x, dtype, scale)
+    out = torch.empty_like(x, dtype=dtype)
+    _launch().gelu(x, out, scale)
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, *, bounded: bool, scale: float = 1.0
+) -> Tensor:
+    """q, k, v [sequences, tokens, C], rows of any stride; weights 2^(q.k) / sum -> [sequences, tokens, C] in dtype.
+
+    bounded: the caller knows that no score exceeds what the operands' type can hold as a power of two (110 in BF16,
+    14 in FP16), which saves the running maximum.
+    """
+    if not q.is_cuda:
+        return reference.attention(q, k, v, heads, dtype, scale)
+    _require_head(q.shape[2], heads)
+    out = q.new_empty(q.shape, dtype=dtype)
+    _launch().attend(q, k, v, out, heads, bounded, scale)
+    return out
+
+
+def linear_gelu(
+    a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, out_scale: float
+) -> Tensor:
+    """GELU(a [M,K] x weight [N,K]^T * scale + bias) * out_scale in dtype: an 8-bit product that gives 8 bit."""
+    if not a.is_cuda:
+        return reference.gelu(a.float() @ weight.float().T * scale + bias, dtype, out_scale)
+    out = a.new_empty(a.shape[0], weight.shape[0], dtype=dtype)
+    launch = _launch()
+    launch.linear(a, weight, bias, out, launch.WIDE, gelu=True, scale=scale, out_scale=out_scale)
+    return out
+
+
+def _require_head(width: int, heads: int) -> None:
+    if width != heads * HEAD:
+        raise ReconError(
+            f"fast network on CUDA: heads of {width // heads} channels, and the kernels are for {HEAD}",
+            "run this network as it is (without to_inference), or on the CPU",
+        )
+
+
+def _launch() -> ModuleType:
+    from recon.kernels import launch
+
+    return launch

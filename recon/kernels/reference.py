@@ -1,0 +1,67 @@
+"""Torch twins of the Triton kernels: what each computes, in plain operations. Oracle of their tests, and the CPU's path."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3_MAX = 448.0
+
+
+def cast(value: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """value * scale rounded to dtype; E4M3 saturates."""
+    value = value.float() * scale
+    return (value.clamp(-E4M3_MAX, E4M3_MAX) if dtype == torch.float8_e4m3fn else value).to(dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """LayerNorm over the last axis in FP32, then `cast`."""
+    return cast(F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps), dtype, scale)
+
+
+def add_layer_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    """x FP32 += change in place, then `layer_norm` of it."""
+    x += change
+    return layer_norm(x, weight, bias, eps, dtype, scale)
+
+
+def joined_layer_norm(
+    left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, skipped: int
+) -> Tensor:
+    """LayerNorm over [sequences, tokens, width] twice, side by side, without the first `skipped` tokens."""
+    return layer_norm(torch.cat([left, right], -1)[:, skipped:], weight, bias, eps, dtype)
+
+
+def qk_norm_rotate(
+    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float
+) -> Tensor:
+    """qkv [rows, 3C] -> normalised, rotated queries and keys [rows, 2C] in its dtype; weights, biases [2, head width].
+
+    The tables [tokens, head width / 2] repeat over the rows. Queries are multiplied by q_scale.
+    """
+    rows, width = qkv.shape[0], qkv.shape[1] // 3
+    parts = qkv[:, : 2 * width].float().reshape(rows // cos.shape[0], cos.shape[0], 2, heads, width // heads)
+    parts = F.layer_norm(parts, parts.shape[-1:], eps=eps) * weights[:, None] + biases[:, None]
+    a, b = parts.chunk(2, -1)
+    c, s = cos[:, None, None], sin[:, None, None]
+    turned = torch.cat([a * c - b * s, b * c + a * s], -1)
+    turned[:, :, 0] *= q_scale
+    return turned.reshape(rows, 2 * width).to(qkv.dtype)
+
+
+def gelu(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Exact GELU, then `cast`."""
+    return cast(F.gelu(x.float()), dtype, scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """q, k, v [sequences, tokens, C]; weights are 2^(q.k) over their sum -> [sequences, tokens, C], then `cast`."""
+    sequences, tokens, width = q.shape
+    q, k, v = (part.float().reshape(sequences, tokens, heads, -1).transpose(1, 2) for part in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
+    return cast(out.transpose(1, 2).reshape(sequences, tokens, width), dtype, scale)
