@@ -33,7 +33,7 @@ EXAMPLE_SEED = 0
 def layer_infos(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, LayerInfo]:
     """Every `torch.nn.Linear` that an inference calls, by module path, with its multiply-adds over all calls.
 
-    Nothing is computed: torch propagates shapes. `example`: inputs by name, in the order in which the module takes them.
+    Nothing is computed: torch propagates shapes. `example`: inputs by name, in the order that the module takes them in.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -141,8 +141,8 @@ def versions(config: Config) -> dict[str, str]:
 def write(network: Network, base: Path, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Write the FP32 graph `base` as the recipe says to `out` (weights beside it) and return facts for its manifest.
 
-    The Q/DQ graph is run in ONNX Runtime, in FP32 around the Q/DQ, and compared with a simulation of the same rounding
-    in torch: `writer_error` is what writing got wrong, `quantisation_error` what the formats cost.
+    First the Q/DQ graph, in FP32 around the Q/DQ, is run in ONNX Runtime and its layers are compared with the same
+    rounding in torch: `writer_error` is what writing got wrong, `quantisation_error` what the formats cost a layer.
 
     Raises:
         ReconError: the graph cannot hold the formats, or does not compute what the recipe says.

@@ -20,20 +20,17 @@ PRODUCTS = ("MatMul", "Gemm")
 class Occurrence:
     """One product with a layer's weight; a layer that is called several times has several.
 
-    weight: name of its initialiser. transposed: it lies as [out, in] there (Gemm with transB), not [in, out].
-    cast: ONNX type to which a Cast node between initialiser and product brings it; 0 = there is none.
+    input: name of the value that the weight is multiplied with. weight: name of its initialiser. transposed: it lies
+    as [out, in] there (Gemm with transB), not [in, out]. cast: ONNX type to which a Cast node between initialiser and
+    product brings it; 0 = there is none.
     """
 
     path: str
     node: onnx.NodeProto
+    input: str
     weight: str
     transposed: bool
     cast: int = 0
-
-    @property
-    def input(self) -> str:
-        """Name of the value that the weight is multiplied with."""
-        return str(self.node.input[0])
 
 
 def scopes(node: onnx.NodeProto) -> list[str]:
@@ -73,7 +70,7 @@ def find_layers(model: onnx.ModelProto, paths: Collection[str]) -> list[Occurren
             cast = next(item.i for item in casts[weight].attribute if item.name == "to")
             weight = casts[weight].input[0]
         if path is not None and weight in constants:
-            found.append(Occurrence(path, node, weight, _transposed(node, path), cast))
+            found.append(Occurrence(path, node, node.input[0], weight, _transposed(node, path), cast))
     return found
 
 

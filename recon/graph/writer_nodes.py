@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from recon.graph.layers import SCOPES
+
 if TYPE_CHECKING:
     import onnx
     import torch
 
 FLOAT, INT8, INT32, INT64, FLOAT16, BFLOAT16, FP8, INT4, FP4 = 1, 3, 6, 7, 10, 16, 17, 22, 23  # onnx.TensorProto's
 HALVES = (INT4, FP4)
+KEPT = ("namespace", SCOPES)  # of the product's metadata; its other entries are about the product alone
 TRT = "trt"  # TensorRT's own operators
 
 
@@ -37,7 +40,7 @@ class Patch:
 
         outputs = [f"{self.path}.{role}" for role in roles]
         node = helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes)
-        node.metadata_props.extend(self.origin.metadata_props)
+        node.metadata_props.extend(item for item in self.origin.metadata_props if item.key in KEPT)
         self.nodes.append(node)
         return outputs
 

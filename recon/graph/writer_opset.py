@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 # Operators of newer versions between 18 and 23 that differ from the older ones by the types they take, or by attributes
 # whose defaults are the old behaviour (https://github.com/onnx/onnx/blob/main/docs/Changelog.md). Not among them, for
 # they changed: GridSample (20, names of modes), DFT (20, axis), GroupNormalization (21, shape of the scale).
-SAME = frozenset(
-    "AveragePool Cast CastLike Constant ConstantOfShape Conv ConvTranspose Cos DequantizeLinear Dropout Elu Equal Flatten"
-    " GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN MaxPool Mish Pad"
-    " QuantizeLinear ReduceMax ReduceMin Reshape Resize Round Selu Shape Sin Size Softplus Softsign Squeeze Tan"
-    " ThresholdedRelu Transpose Unsqueeze".split()
-)
+SAME = {
+    "AveragePool", "Cast", "CastLike", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos",
+    "DequantizeLinear", "Dropout", "Elu", "Equal", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid",
+    "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN", "MaxPool", "Mish", "Pad", "QuantizeLinear",
+    "ReduceMax", "ReduceMin", "Reshape", "Resize", "Round", "Selu", "Shape", "Sin", "Size", "Softplus", "Softsign",
+    "Squeeze", "Tan", "ThresholdedRelu", "Transpose", "Unsqueeze",
+}  # fmt: skip
 OLDEST = 18  # before it, axes of reductions and sizes of splits were written differently
 IR_VERSIONS = {20: 9, 22: 10, 23: 11}  # oldest IR that has the types of an operator set up to the key
 
