@@ -12,6 +12,7 @@ from recon.config import option
 from recon.errors import ReconError
 from recon.geometry.cameras import transform, unproject
 from recon.geometry.ply import write_points
+from recon.geometry.rig_files import read_rig
 from recon.geometry.views import View
 from recon.handover import hand_over
 from recon.handover.colmap import quaternion
@@ -126,6 +127,15 @@ def test_a_hidden_point_is_not_in_the_track(handed) -> None:
     assert hidden.sum() > 100
     assert listed[hidden].mean() < 0.05
     assert listed[np.abs(local[:, 2] / view.depth[v, u] - 1) < 0.005].mean() > 0.8
+
+
+@pytest.mark.parametrize("form", ["sparse/0", "transforms.json"])
+def test_our_own_rig_reader_gets_the_cameras_back(handed, form: str) -> None:
+    folder, views, _ = handed
+    entries = {Path(name).name.partition("_")[0]: entry for name, entry in read_rig(folder / form).entries.items()}
+    for view in views:
+        np.testing.assert_allclose(entries[view.camera].lens.K, view.K, atol=1e-9)
+        np.testing.assert_allclose(entries[view.camera].T_world_cam, view.T_world_cam, atol=1e-9)
 
 
 def test_nerfstudio_cameras_look_at_the_points(handed) -> None:
