@@ -80,7 +80,7 @@ def _index(path: Path, size: int, changed: int) -> VideoIndex:
         with _opened(path) as container:
             stream = _video(container, path)
             stamps, count, repeated = _stamps(container, stream)
-            base, rate = stream.time_base, stream.average_rate or stream.guessed_rate
+            base, rate = stream.time_base, stream.guessed_rate or stream.average_rate
             announced, codec = stream.frames, stream.codec_context.name
     except av.error.FFmpegError as error:
         raise ReconError(f"{path}: no video that can be read: {error}", _REMEDY) from error
@@ -116,18 +116,30 @@ def frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[int, Imag
 
 
 def _decoded(index: VideoIndex, wanted: set[int], start: int) -> Iterator[tuple[int, Image | str]]:
-    """(number, frame) in order of display, from the key frame before `start`; frames not wanted as empty strings."""
+    """(number, frame) in order of display, from the key frame before `start` where the container can go there."""
+    key = max((number for number in index.keys if number <= start), default=0)
+    if key > 0 and index.pts:
+        found = _played(index, wanted, key)
+        first = next(found, None)
+        if first is not None and first[0] <= start:  # transport and program streams often land later
+            yield first
+            yield from found
+            return
+    yield from _played(index, wanted, 0)
+
+
+def _played(index: VideoIndex, wanted: set[int], key: int) -> Iterator[tuple[int, Image | str]]:
+    """(number, frame) in order of display, from key frame number `key`; frames not wanted as empty strings."""
     import av
 
     numbers = {stamp: number for number, stamp in enumerate(index.pts)}
     with _opened(index.path) as container:
         stream = _video(container, index.path)
-        key = max((number for number in index.keys if number <= start), default=0)
-        if key > 0 and index.pts:
-            container.seek(index.pts[key], stream=stream, backward=True)
         damage = _Damage()
         counted = -1
         try:
+            if key:
+                container.seek(index.pts[key], stream=stream, backward=True)
             for packet in container.demux(stream):
                 found = damage.decode(packet)
                 if not found and not index.pts and damage.failed:

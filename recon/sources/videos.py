@@ -47,6 +47,7 @@ class Videos(Recording):
         self._start: tuple[int, list[View]] | None = None  # number of the bootstrap's moment, and its views
         self._states: dict[str, CameraState] = {}
         self._skew: dict[str, Any] = {}
+        self._streamed = False
 
     def check(self) -> None:
         super().check()
@@ -68,7 +69,8 @@ class Videos(Recording):
         from recon.sources.timeline import skew
 
         plan = self._stream()
-        states = self._fresh_states()
+        states = self._fresh_states() if self._streamed else self._states  # with what the bootstrap lost
+        self._streamed = True
         self._skew = skew(plan, len(states), self.max_skew_ms) | {"batches": 0}
         for views in self._read(plan, states):
             for view in views:
