@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
-from recon.formats import Inspection, Recipe
+from recon.formats import Inspection, LayerFormat, Recipe, RestFormat
+from recon.lowbit.support import device_name, refusal, require_device
 from recon.machine import MIB, rss_mib
 from recon.network import Network, TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
 
 
 class TorchSession(Session):
@@ -75,36 +78,35 @@ class TorchSession(Session):
 
 @dataclass
 class Torch(Engine):
-    """Eager PyTorch in FP32; there is no file between network and session."""
+    """Eager PyTorch; there is no file between network and session. FP32 unless a quant mode or precision is asked for.
+
+    Low precision is computed by the device's own products (`recon.lowbit`), so any mode can be tried without a build.
+    """
 
     builds: ClassVar[bool] = False
+    needs_onnx: ClassVar[bool] = False
 
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    simulate: bool = False
+    """Show the numbers of formats that the device cannot multiply in: operands are rounded to them and multiplied in
+    the rest's format. Slower than no quantisation at all."""
 
     def check(self) -> None:
         super().check()
-        if self.device == "cpu":
-            return
-        kind, _, index = self.device.partition(":")
-        if kind != "cuda" or not (index or "0").isdigit():
-            raise ReconError(f"engine.device={self.device}: no such device", "choose cpu, cuda or cuda:N")
-        import torch
+        require_device(self.device)
 
-        if torch.cuda.device_count() <= int(index or 0):
-            raise ReconError(
-                f"engine.device={self.device}: this PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA"
-                " devices",
-                "engine.device=cpu",
-            )
+    def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
+        if not self.simulate:
+            return refusal(formats, rest, self.device)
+        if any(asked.activation for asked in formats):
+            return refusal([replace(asked, activation="") for asked in formats], rest, self.device)
+        return "engine.simulate=true has no effect: no layer's input is quantised"
 
     def versions(self) -> dict[str, str]:
         import torch
 
-        from recon.machine import cpu_name
-
-        device = cpu_name() if self.device == "cpu" else str(torch.cuda.get_device_name(self.device))
-        return {"torch": str(torch.__version__), "device": device}
+        return {"torch": str(torch.__version__), "device": device_name(self.device)}
 
     def build(self, source: Build, out: Path) -> dict[str, Any]:
         raise AssertionError("engine=torch builds no file")
@@ -116,5 +118,12 @@ class Torch(Engine):
         raise ReconError(f"{path}: engine=torch runs networks, not files", "give the engine that built the file")
 
     def session(self, network: Network, path: Path | None, recipe: Callable[[], Recipe] = Recipe) -> Session:
+        """The FP32 module itself; with a recipe that says more than FP32, the module as the recipe changes it."""
         self.check()
-        return TorchSession(network, network.load(), self.device)
+        asked, module = recipe(), network.load()
+        if not asked.plain:
+            from recon.lowbit.apply import prepare
+
+            examples = [network.example(seed) for seed in EXAMPLE_SEEDS]
+            module = prepare(module, asked, examples, simulate=self.simulate)
+        return TorchSession(network, module, self.device)
