@@ -1,16 +1,266 @@
-"""The precision certificate: what was asked for, what is in the graph, what the engine itself says, and a verdict."""
+"""The precision certificate: what was asked for, what is in the graph, what the engine itself says, and a verdict.
+
+    python -m recon.certificate ENGINE      prints the certificate of a built engine, after checking its hashes
+
+*achieved*: the graph has what was asked for, and the engine stores and computes it so. *partial*: the graph has it and
+the engine stores or computes a part in another format; share and sentence say which. *absent*: a format that was asked
+for is in no layer: the build fails. *unverified*: the graph has it, and the plan cannot be looked into on this machine.
+docs/quantisation.md has the rules in full.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from recon.errors import ReconError
+from recon.formats import EngineLayer, Inspection, LayerFormat, LayerInfo, Ranges, RestFormat
+from recon.onnxgraph import WIDTHS
+from recon.recount import Recount, recount
 
 if TYPE_CHECKING:
     from recon.engines import Engine
 
+log = logging.getLogger(__name__)
 
-def certify(engine: Engine, file: Path, source: dict[str, Any], requested: dict[str, Any]) -> dict[str, Any]:
-    """The certificate of a built file, for its manifest."""
+Verdict = Literal["achieved", "partial", "absent", "unverified"]
+WHOLE = 0.99  # share of multiply-adds from which a format counts as carried out, when no layer lacks it
+NAMED = 4  # layers that a sentence names
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a configuration asks of one network, decided without looking at any file.
+
+    layers: formats by module path. groups: formats that the quant mode and the precision stand for, by option; one that
+    no layer has got is absent. infos: every layer of the network. calibration: what ranges came from.
+    """
+
+    layers: Mapping[str, LayerFormat] = field(default_factory=dict)
+    groups: Mapping[str, LayerFormat] = field(default_factory=dict)
+    infos: Mapping[str, LayerInfo] = field(default_factory=dict)
+    rest: RestFormat = "fp32"
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+
+def certify(
+    engine: Engine,
+    file: Path,
+    source: Mapping[str, Any],
+    requested: Mapping[str, Any],
+    asked: Asked | None = None,
+    onnx: Path | None = None,
+) -> dict[str, Any]:
+    """The certificate of a built file, as plain data for its manifest.
+
+    source: facts of what it was built from; where `asked` is not given, the formats that they state. onnx: the graph it
+    was built from, counted here; None for engines that start from the torch module, which are judged by what they say
+    of themselves alone.
+
+    Raises:
+        ReconError: a format that was asked for is absent from the graph or from the engine.
+    """
+    asked = asked if asked is not None else stated(source)
+    graph = recount(onnx) if onnx is not None else None
     seen = engine.inspect(file)
-    verdict = "unverified" if seen.unseen else "achieved"
-    return {"requested": requested, "graph": source.get("graph", {}), "verdict": verdict, "reason": seen.unseen}
+    judged = _judge(asked, graph, seen)
+    certificate = {
+        "requested": _requested(requested, asked),
+        "graph": graph.facts(asked.layers) if graph is not None else dict(source.get("graph", {})),
+        "engine": _engine_facts(engine, seen, asked),
+        **judged,
+    }
+    if judged["verdict"] == "absent":
+        raise ReconError(
+            f"{file.name}: {judged['sentence']}",
+            "the engine is not what was asked for, so it is not kept; this is a fault of the writer or of the engine",
+        )
+    return certificate
+
+
+def stated(source: Mapping[str, Any]) -> Asked:
+    """What facts of a written graph, or of an engine built from the module, state as asked for."""
+    layers = {path: LayerFormat(**values) for path, values in source.get("layers", {}).items()}
+    infos = {path: LayerInfo(**values) for path, values in source.get("infos", {}).items()}
+    groups = {layer.by: layer for layer in layers.values()}
+    return Asked(layers, groups, infos, source.get("rest", "fp32"))
+
+
+def calibration_facts(ranges: Ranges | None) -> dict[str, Any]:
+    """What ranges came from, for certificates."""
+    if ranges is None:
+        return {}
+    return {"key": ranges.key, "count": ranges.count, "source": ranges.source, "method": ranges.method}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Engine layers by module path."""
+
+    layers: dict[str, list[EngineLayer]]
+
+    @staticmethod
+    def of(seen: Inspection) -> _Told:
+        found: dict[str, list[EngineLayer]] = {}
+        for layer in seen.layers:
+            for module in layer.modules:
+                found.setdefault(module, []).append(layer)
+        return _Told(found)
+
+
+def _judge(asked: Asked, graph: Recount | None, seen: Inspection) -> dict[str, Any]:
+    """verdict, share (of the network's multiply-adds carried out as asked), sentence, and the layers that lack it."""
+    lacking = {path: reason for path, form in asked.layers.items() if graph and (reason := graph.lacks(path, form))}
+    if sentence := _absent(asked, lacking, graph):
+        return {"verdict": "absent", "share": 0.0, "sentence": sentence, "lacking": lacking, "elsewhere": {}}
+    if seen.unseen:
+        sentence = f"the graph has it, the engine cannot be looked into here: {seen.unseen}"
+        share = _share(asked, graph, dict.fromkeys(lacking, "")) if graph else 0.0
+        return {"verdict": "unverified", "share": share, "sentence": sentence, "lacking": lacking, "elsewhere": {}}
+    told = _Told.of(seen)
+    elsewhere = _elsewhere(asked, graph, told)
+    if graph is None and (sentence := _absent_from_engine(asked, elsewhere)):
+        return {"verdict": "absent", "share": 0.0, "sentence": sentence, "lacking": {}, "elsewhere": elsewhere}
+    share = _share(asked, graph, {**elsewhere, **lacking})
+    whole = share >= WHOLE and not lacking and not set(elsewhere) & set(asked.layers)
+    verdict: Verdict = "achieved" if whole else "partial"
+    sentence = _sentence(asked, lacking, elsewhere, share)
+    return {"verdict": verdict, "share": share, "sentence": sentence, "lacking": lacking, "elsewhere": elsewhere}
+
+
+def _absent(asked: Asked, lacking: Mapping[str, str], graph: Recount | None) -> str:
+    """The sentence that says which format is in no layer of the graph; empty when every one is in some."""
+    for option, form in asked.groups.items():
+        wanted = [path for path, layer in asked.layers.items() if layer.by == option]
+        if option == "precision" and not wanted and asked.layers:
+            continue  # the quant mode has taken every layer that precision would have treated
+        if not wanted:
+            return f"absent: {form.label} ({option}) is asked for, and no layer of the network was given it"
+        if all(path in lacking for path in wanted):
+            return (
+                f"absent: {form.label} ({option}) is asked for in {len(wanted)} layers and in none of the graph's:"
+                f" {_some(lacking, wanted)}"
+            )
+    if graph is not None and asked.rest != "fp32":
+        rest = [p for p in graph.products if p.module not in asked.layers or not asked.layers[p.module].activation]
+        if rest and not any(product.compute == asked.rest for product in rest):
+            return f"absent: no product of the graph is in {asked.rest}, which precision asks for"
+    return ""
+
+
+def _absent_from_engine(asked: Asked, elsewhere: Mapping[str, str]) -> str:
+    for option, form in asked.groups.items():
+        wanted = [path for path, layer in asked.layers.items() if layer.by == option]
+        if wanted and all(path in elsewhere for path in wanted):
+            return f"absent: {form.label} ({option}) is in none of the engine's layers: {_some(elsewhere, wanted)}"
+    return ""
+
+
+def _elsewhere(asked: Asked, graph: Recount | None, told: _Told) -> dict[str, str]:
+    """Module path -> how the engine carries it out in another way than asked."""
+    found = {}
+    modules = {p.module for p in graph.products if p.module} if graph else set(told.layers)
+    for path in sorted(modules | set(asked.layers)):
+        form, layers = asked.layers.get(path), told.layers.get(path, [])
+        if not layers:
+            if form is not None:
+                found[path] = "the engine names no layer for it"
+            continue
+        if reason := next((said for layer in layers if (said := _differs(layer, form, asked.rest))), ""):
+            found[path] = reason
+    return found
+
+
+def _differs(layer: EngineLayer, form: LayerFormat | None, rest: str) -> str:
+    """How an engine's layer departs from the format asked for; empty when it does not."""
+    expected = rest if form is None or not form.activation else form.activation.removesuffix("-dynamic")
+    compute = "nvfp4" if layer.compute == "fp4" and expected == "nvfp4" else layer.compute
+    parts = []
+    if form is not None and form.exact and WIDTHS.get(layer.weight, 0) > WIDTHS[form.weight]:
+        parts.append(f"stored as {layer.weight}")
+    if compute != expected:
+        parts.append(f"computed in {compute}")
+    return ", ".join(parts)
+
+
+def _share(asked: Asked, graph: Recount | None, bad: Mapping[str, str]) -> float:
+    """Share of multiply-adds in modules that are as asked; without a graph, of those of the layers."""
+    if graph is not None:
+        weights = Counter[str]()
+        for product in graph.products:
+            weights[product.module] += product.multiply_adds
+    else:
+        weights = Counter({path: info.multiply_adds or 1 for path, info in asked.infos.items()})
+    total = sum(weights.values())
+    return sum(count for module, count in weights.items() if module not in bad) / total if total else 1.0
+
+
+def _sentence(asked: Asked, lacking: Mapping[str, str], elsewhere: Mapping[str, str], share: float) -> str:
+    labels = Counter(form.label for form in asked.layers.values())
+    what = ", ".join(f"{count} layers {name}" for name, count in labels.items())
+    parts = [f"{what + ', ' if what else ''}rest {asked.rest}: {share:.1%} of multiply-adds as asked"]
+    if lacking:
+        parts.append(f"not in the graph: {_some(lacking, lacking)}")
+    if elsewhere:
+        ways = Counter(elsewhere.values())
+        said = ", ".join(f"{count} modules {way}" for way, count in ways.most_common())
+        parts.append(f"in the engine {said}")
+    return "; ".join(parts)
+
+
+def _some(reasons: Mapping[str, str], paths: Iterable[str]) -> str:
+    chosen = list(paths)
+    shown = "; ".join(f"{path}: {reasons[path]}" for path in chosen[:NAMED])
+    return shown + (f"; and {len(chosen) - NAMED} more" if len(chosen) > NAMED else "")
+
+
+def _requested(requested: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    labels = Counter(form.label for form in asked.layers.values())
+    return {
+        "quant_mode": dict(requested.get("quant_mode", {})),
+        "precision": dict(requested.get("precision", {})),
+        "calibration": dict(asked.calibration),
+        "groups": {option: form.label for option, form in asked.groups.items()},
+        "layers": dict(labels),
+        "layers_left_alone": len(set(asked.infos) - set(asked.layers)),
+        "rest": asked.rest,
+    }
+
+
+def _engine_facts(engine: Engine, seen: Inspection, asked: Asked) -> dict[str, Any]:
+    """Treated layers one by one, the rest counted."""
+    treated = [layer for layer in seen.layers if layer.weight or set(layer.modules) & set(asked.layers)]
+    return {
+        "name": engine.name,
+        "unseen": seen.unseen,
+        "layers": [{key: value for key, value in asdict(layer).items() if value} for layer in treated],
+        "computed_in": dict(Counter(layer.compute for layer in seen.layers)),
+        "stored_as": dict(Counter(layer.weight for layer in seen.layers if layer.weight)),
+        "kernels": dict(Counter(layer.kernel or layer.op for layer in seen.layers)),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m recon.certificate PATH`: 0 when a certificate was printed, 1 with a message otherwise."""
+    from recon.certificate_text import lines
+    from recon.console import console
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write(f"{__doc__}\n")
+        return 1
+    try:
+        for line in lines(Path(arguments[0])):
+            console().print(line, markup=False, highlight=False, soft_wrap=True)
+    except ReconError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

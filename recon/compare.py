@@ -47,9 +47,14 @@ def compare(
         ReconError: names or shapes differ, no inputs were given, the reference is not finite, or (with `finite`)
             the candidate is not.
     """
+    pairs = ((reference.infer(dict(feeds)), candidate.infer(dict(feeds))) for feeds in feeds_list)
+    return compare_outputs(pairs, finite=finite)
+
+
+def compare_outputs(pairs: Iterable[tuple[Tensors, Tensors]], *, finite: bool = True) -> dict[str, OutputError]:
+    """Error of every output over (reference, candidate) outputs of the same inputs. Raises as `compare`."""
     sums: dict[str, _Sums] = {}
-    for feeds in feeds_list:
-        expected, got = reference.infer(dict(feeds)), candidate.infer(dict(feeds))
+    for expected, got in pairs:
         if expected.keys() != got.keys():
             raise ReconError(f"outputs {sorted(got)} compared with {sorted(expected)}", "compare the same network")
         for name, tensor in expected.items():

@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from recon.accuracy import enforce
 from recon.artifact import Artifact, Manifest, content_key, obtain, read_manifest, verify
 from recon.config import Config, option
 from recon.console import busy
@@ -16,6 +17,9 @@ from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import LayerFormat, Recipe
 from recon.network import Network
+
+if TYPE_CHECKING:
+    from recon.certificate import Asked
 
 EXPORT_VERSION = "export.2"  # raise when the exporter writes other files for the same settings
 CALIBRATION_VERSION = "calibration.1"
@@ -224,14 +228,19 @@ def built(store: Store, network: Network) -> Artifact:
         with busy(f"Building {path.name}"):
             source = Build(network, onnx.path if onnx else None, partial(store.recipe, network))
             facts = engine.build(source, folder / path.name)
-        return facts | _proof(store, network, onnx.manifest.facts if onnx else facts, folder / path.name)
+        return facts | _proof(store, network, onnx, facts, folder / path.name)
 
     parents = [onnx.key] if onnx else []
-    return _obtain(store, path, "engine", "build", store.engine_key(network), make, network, parents)
+    found = _obtain(store, path, "engine", "build", store.engine_key(network), make, network, parents)
+    if found.reused:  # built under other limits, perhaps
+        enforce(store.config.accuracy, found.manifest.facts["accuracy"], path.name)
+    return found
 
 
-def _proof(store: Store, network: Network, source: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Certificate and accuracy of a built file, for its manifest. `source`: facts of what it was built from.
+def _proof(
+    store: Store, network: Network, onnx: Artifact | None, facts: dict[str, Any], file: Path
+) -> dict[str, Any]:
+    """Certificate and accuracy of a built file, for its manifest. `facts`: of the build, for engines without a graph.
 
     Raises:
         ReconError: a requested format is absent from the engine, or its error is beyond the gate.
@@ -239,11 +248,30 @@ def _proof(store: Store, network: Network, source: dict[str, Any], file: Path) -
     from recon.accuracy import judge
     from recon.certificate import certify
 
-    engine = store.config.engine
-    certificate = certify(engine, file, source, store.requested(network))
+    engine, source = store.config.engine, onnx.manifest.facts if onnx else facts
+    asked = _asked(store, network)
+    certificate = certify(engine, file, source, store.requested(network), asked, onnx.path if onnx else None)
     accuracy = judge(store.config, network, store.role(network), file)
     effective = {"engine": engine.settings(), "versions": engine.versions(), "verdict": certificate["verdict"]}
     return {"certificate": certificate, "accuracy": accuracy, "effective": effective}
+
+
+def _asked(store: Store, network: Network) -> Asked:
+    """What this configuration asks of a network, decided apart from the writer: certificates compare the two."""
+    from recon.certificate import Asked, calibration_facts
+
+    mode, precision = store.config.quant_mode, store.config.precision
+    if store.plain:
+        return Asked()
+    from recon.calibration import read_ranges
+    from recon.quantise import assign, layer_infos
+
+    ranges = read_ranges(calibrated(store, network).path) if store.needs_calibration else None
+    infos = layer_infos(network.load(), network.example(0))
+    formats = {"quant_mode": mode.layer_format(), "precision": precision.layer_format()}
+    groups = {name: found for name, found in formats.items() if found is not None}
+    layers = assign(infos, mode, precision)
+    return Asked(layers, groups, infos, precision.rest_format, calibration_facts(ranges))
 
 
 def _obtain(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.engines import Build, Engine, Session
+from recon.engines.ort.session import OrtCudaSession, OrtSession, data_file
+from recon.engines.ort.support import Rewrites, refusal, rewrites
 from recon.errors import ReconError, Refused
-from recon.formats import Inspection
+from recon.formats import Inspection, LayerFormat, RestFormat
 from recon.machine import MIB, cpu_name, physical_cores, rss_mib
-from recon.network import TensorSpec
+from recon.onnxgraph import MODULES_KEY, modules_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +24,6 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
 ONE_FILE_LIMIT = 1_900_000_000  # bytes; protobuf ends at 2 GiB, and fused graphs can be larger than their source
-
-TYPES = {  # ONNX Runtime's name -> (torch dtype, onnx.TensorProto number)
-    "tensor(float)": ("float32", 1),
-    "tensor(uint8)": ("uint8", 2),
-    "tensor(int8)": ("int8", 3),
-    "tensor(int32)": ("int32", 6),
-    "tensor(int64)": ("int64", 7),
-    "tensor(bool)": ("bool", 9),
-    "tensor(float16)": ("float16", 10),
-    "tensor(double)": ("float64", 11),
-    "tensor(bfloat16)": ("bfloat16", 16),
-}
 
 
 @dataclass
@@ -42,7 +33,8 @@ class OnnxRuntime(Engine):
     suffix: ClassVar[str] = ".onnxruntime.engine"
 
     provider: str = "cpu"
-    """cpu, cuda or tensorrt. One that the installed onnxruntime lacks is refused; there is no fallback."""
+    """cpu, cuda or tensorrt. One that the installed onnxruntime lacks is refused; there is no fallback, neither of the
+    whole engine nor of single operators."""
     threads: int = 0
     """Threads inside one operator; 0 = one per physical core."""
     optimisation: str = "all"
@@ -67,6 +59,9 @@ class OnnxRuntime(Engine):
         if self.provider != "cpu":
             self._check_available()
 
+    def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
+        return refusal(self.provider, formats, rest)
+
     def versions(self) -> dict[str, str]:
         import onnxruntime
 
@@ -77,9 +72,14 @@ class OnnxRuntime(Engine):
         return self.optimise(source.onnx, out)
 
     def optimise(self, onnx: Path, out: Path) -> dict[str, Any]:
-        """Write ONNX Runtime's own optimised graph of any ONNX file to `out`; returns facts for its manifest."""
+        """Write ONNX Runtime's own optimised graph of any ONNX file to `out`; returns facts for its manifest.
+
+        Raises:
+            ReconError: the file is damaged, or has an operator or a type that ONNX Runtime cannot run (named).
+        """
         self.check()
         start = time.perf_counter()
+        held_back = rewrites(onnx) if onnx.is_file() else Rewrites()
         options = self._options(self.optimisation)
         options.optimized_model_filepath = str(out)
         # without these entries the optimised file goes on referring to the weights of its source
@@ -89,12 +89,14 @@ class OnnxRuntime(Engine):
         inline_below = 1024 if size > ONE_FILE_LIMIT else ONE_FILE_LIMIT
         options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(inline_below))
         # TensorRT takes subgraphs out that cannot be written back: its engine is the provider-neutral graph
-        self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider)
+        self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider, held_back)
+        _keep_modules(onnx, out)
         files = [file for file in (out, data_file(out)) if file.exists()]
         return {
             "ops": operators(out),
             "bytes": sum(file.stat().st_size for file in files),
             "threads": self._threads(),
+            "held_back": [*held_back.off, *(f"{key}={value}" for key, value in held_back.entries.items())],
             "build_seconds": time.perf_counter() - start,
         }
 
@@ -115,17 +117,47 @@ class OnnxRuntime(Engine):
     def open(self, path: Path, level: str) -> OrtSession:
         """Open any ONNX file, optimised in memory to `level` (a key of LEVELS)."""
         self.check()
+        if self.provider != "cpu":
+            return self._open_cuda(path, level)
         before = rss_mib()
         session = self._open(path, self._options(level), self.provider)
-        return OrtSession(session, path, self.provider, self._threads(), max(0.0, rss_mib() - before))
+        return OrtSession(session, path, self._threads(), max(0.0, rss_mib() - before))
 
-    def _open(self, path: Path, options: Any, provider: str) -> Any:
+    def _open_cuda(self, path: Path, level: str) -> OrtCudaSession:
+        """On the current CUDA device of torch, with a stream that torch knows."""
+        import torch
+
+        device = f"cuda:{torch.cuda.current_device()}"
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        before = torch.cuda.mem_get_info(device)[0]
+        settings = {"device_id": torch.cuda.current_device(), "user_compute_stream": str(stream.cuda_stream)}
+        session = self._open(path, self._options(level), self.provider, settings=settings)
+        taken = max(0, before - torch.cuda.mem_get_info(device)[0]) / MIB
+        return OrtCudaSession(session, path, self._threads(), taken, device, stream)
+
+    def _open(
+        self,
+        path: Path,
+        options: Any,
+        provider: str,
+        held_back: Rewrites = Rewrites(),
+        settings: dict[str, Any] | None = None,
+    ) -> Any:
         import onnxruntime
 
         if not path.is_file():
             raise ReconError(f"{path}: no such file", "run stages=[export,build] first")
+        for key, value in held_back.entries.items():
+            options.add_session_config_entry(key, value)
+        if provider != "cpu":  # operators that the provider lacks would run on the CPU, unsaid
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+            session = onnxruntime.InferenceSession(
+                str(path),
+                options,
+                providers=[(PROVIDERS[provider], settings or {})],
+                disabled_optimizers=list(held_back.off),
+            )
         except Exception as error:  # its exceptions have no common base but Exception
             reason = str(error).strip().splitlines()[0]
             raise ReconError(
@@ -167,63 +199,6 @@ class OnnxRuntime(Engine):
         )
 
 
-class OrtSession(Session):
-    """A loaded ONNX file with fixed shapes. CPU tensors are read and written in place, without a copy."""
-
-    def __init__(self, session: Any, path: Path, provider: str, threads: int, loaded_mib: float) -> None:
-        self._session: Any = session
-        self.threads = threads
-        self.inputs = _specs(session.get_inputs(), path)
-        self.outputs = _specs(session.get_outputs(), path)
-        self._numbers = {item.name: TYPES[item.type][1] for item in [*session.get_inputs(), *session.get_outputs()]}
-        files = [file for file in (path, data_file(path)) if file.exists()]
-        self._file_mib = sum(file.stat().st_size for file in files) / MIB
-        self._loaded_mib = loaded_mib
-        self._first_run_mib: float | None = None
-
-    def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch
-
-        if self._session is None:
-            raise self.closed_error()
-        binding = self._session.io_binding()
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in feeds.items()}
-        outputs = {
-            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in self.outputs.items()
-        }
-        for name, tensor in kept.items():
-            binding.bind_input(name, "cpu", 0, self._numbers[name], tuple(tensor.shape), tensor.data_ptr())
-        for name, tensor in outputs.items():
-            binding.bind_output(name, "cpu", 0, self._numbers[name], tuple(tensor.shape), tensor.data_ptr())
-        before = rss_mib() if self._first_run_mib is None else 0.0
-        self._session.run_with_iobinding(binding)
-        if self._first_run_mib is None:
-            self._first_run_mib = max(0.0, rss_mib() - before)
-        return outputs
-
-    def sibling(self) -> OrtSession:
-        """The same loaded model: ONNX Runtime takes calls from several threads at once."""
-        if self._session is None:
-            raise self.closed_error()
-        return copy(self)
-
-    def memory_mib(self) -> float:
-        """Weights as loaded (at least the file) plus the arena.
-
-        Measured as growth of the process while loading and in the first inference: a lower bound, since memory that
-        the process had free already is used first.
-        """
-        return max(self._file_mib, self._loaded_mib) + (self._first_run_mib or 0.0)
-
-    def close(self) -> None:
-        self._session = None
-
-
-def data_file(path: Path) -> Path:
-    """Where the external data of an ONNX file lies: beside it, `<name>.data`."""
-    return path.with_name(path.name + ".data")
-
-
 def operators(path: Path) -> dict[str, int]:
     """Node counts of an ONNX file by operator, `domain::Op` outside the standard domain, sorted by name."""
     import onnx
@@ -232,13 +207,14 @@ def operators(path: Path) -> dict[str, int]:
     return dict(sorted(Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.node).items()))
 
 
-def _specs(items: Any, path: Path) -> dict[str, TensorSpec]:
-    specs = {}
-    for item in items:
-        if not all(isinstance(size, int) for size in item.shape) or item.type not in TYPES:
-            raise ReconError(
-                f"{path}: {item.name!r} is {item.type}{item.shape}: engines here have fixed shapes and plain numbers",
-                "export the network at the geometry that it runs at",
-            )
-        specs[item.name] = TensorSpec(tuple(item.shape), TYPES[item.type][0])
-    return specs
+def _keep_modules(source: Path, built: Path) -> None:
+    """Append the module paths of the source's products to the metadata of the optimised graph, which drops them.
+
+    A protobuf message written after another one is merged into it, so the weights are not read for this.
+    """
+    import onnx
+
+    modules = json.dumps(modules_of(source), sort_keys=True)
+    entry = onnx.StringStringEntryProto(key=MODULES_KEY, value=modules)
+    with built.open("ab") as file:
+        file.write(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
