@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import onnx
+import torch
 from onnx import TensorProto
 
 from recon.errors import ReconError
+from recon.formats import RestFormat
 
+NUMBERS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL = 1024  # bytes; constants up to here are kept, since shapes are computed from them
 
 
@@ -49,3 +53,19 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return copy
+
+
+def converted_tensor(tensor: TensorProto, rest: RestFormat) -> TensorProto:
+    """An FP32 constant in another type, rounded to nearest."""
+    values = constant_values(tensor).to(DTYPES[rest])
+    raw = values.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return TensorProto(name=tensor.name, data_type=NUMBERS[rest], dims=list(tensor.dims), raw_data=raw)
+
+
+def constant_values(tensor: TensorProto) -> torch.Tensor:
+    """An FP32 constant as a torch tensor."""
+    if tensor.raw_data:
+        found = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.float32)
+    else:
+        found = torch.tensor(list(tensor.float_data), dtype=torch.float32)
+    return found.reshape(list(tensor.dims))
