@@ -26,6 +26,8 @@ DELICATE = frozenset(
 )
 PRODUCTS = frozenset("MatMul Gemm Conv ConvTranspose Einsum Attention Softmax Resize GridSample Gelu Erf".split())  # noqa: SIM905
 UNTYPED = frozenset("ConstantOfShape EyeLike Range RandomNormal RandomUniform CastLike".split())  # noqa: SIM905
+NO_BF16 = frozenset({"ConvTranspose"})
+"""TensorRT-RTX 1.7 refuses them in BF16 when it builds: `Could not infer output types for operation: deconv`."""
 CODES = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -103,6 +105,8 @@ class Rules:
             return "the operator states its type itself"
         if not self._takes(node):
             return f"ONNX has no {self.rest} form of it"
+        if self.rest == "bf16" and node.op_type in NO_BF16:
+            return "TensorRT has no BF16 form of it"
         if node.op_type in DELICATE:
             return "sums or exponentials"
         return self._fp16_reason(node) if self.rest == "fp16" else ""
