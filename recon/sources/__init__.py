@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.component import Component
 from recon.errors import ReconError
-from recon.geometry.views import Scale, View
+from recon.geometry.views import Array, Image, Scale, View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +87,10 @@ class Source(Component):
 
     def surface(self) -> Surface | None:
         """Ground-truth surface, where the source has one."""
+        return None
+
+    def picture(self, K: Array, T_world_cam: Array, width: int, height: int) -> Image | None:
+        """[height,width,3] uint8 RGB: the true scene without what moves, seen from anywhere; None if unknown."""
         return None
 
     def baseline(self) -> Baseline | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recon.errors import ReconError
-from recon.geometry.views import Array, Scale, View
+from recon.geometry.views import Array, Image, Scale, View
 from recon.sources import Source, Surface
 
 if TYPE_CHECKING:
@@ -111,6 +111,16 @@ class Synthetic(Source):
         all_points, all_normals = np.concatenate(points), np.concatenate(normals)
         keep = _thin(all_points)
         return Surface(all_points[keep], all_normals[keep], np.ones(len(keep), np.bool_))
+
+    def picture(self, K: Array, T_world_cam: Array, width: int, height: int) -> Image:
+        import torch
+
+        from recon.scene.render import render, stack
+
+        scene = stack([self._world()[0].static()])
+        pose = torch.from_numpy(T_world_cam[None, None])
+        found: Image = render(scene, torch.from_numpy(K[None, None]), pose, width, height, noise=0.0).rgb[0, 0].numpy()
+        return found
 
     def _world(self) -> tuple[Scene, Rig]:
         from recon.scene.generate import generate, rig

@@ -110,9 +110,9 @@ def assign(rows: dict[str, list[Row]], frames: dict[str, list[str]], where: str)
 def moments(times: dict[str, Times], max_skew_s: float) -> list[Moment]:
     """All frames with a time, put into moments: in each at most one frame per camera, `max_skew_s` apart at most.
 
-    The oldest frame not yet used starts a moment; of every other camera its next frame joins, if it is near enough and
-    not nearer to the following frame of the camera that started. So partners are each other's nearest, and a frame
-    without partner is a moment of its own: nothing is lost.
+    The oldest frame not yet used starts a moment; of every other camera its next frame joins, if it is near enough, and
+    unless it makes a better partner for the following frame of the camera that started: nearer to that one than to
+    the first, and than any other of its own camera. A frame without partner is a moment of its own: nothing is lost.
     """
     queues = {
         camera: [(float(t), i) for i, t in enumerate(values) if not math.isnan(t)] for camera, values in times.items()
@@ -122,9 +122,13 @@ def moments(times: dict[str, Times], max_skew_s: float) -> list[Moment]:
     while live := {camera: queues[camera][at] for camera, at in heads.items() if at < len(queues[camera])}:
         start = min(live, key=lambda camera: live[camera][0])
         t0 = live[start][0]
-        after = queues[start][heads[start] + 1][0] if heads[start] + 1 < len(queues[start]) else math.inf
+        following = {c: queues[c][at + 1][0] if at + 1 < len(queues[c]) else math.inf for c, at in heads.items()}
+        after = following[start]
         frames = {
-            c: (t, i) for c, (t, i) in live.items() if t - t0 <= max_skew_s and (c == start or t - t0 <= abs(after - t))
+            camera: (t, number)
+            for camera, (t, number) in live.items()
+            if t - t0 <= max_skew_s
+            and (camera == start or t - t0 <= abs(after - t) or abs(following[camera] - after) < abs(t - after))
         }
         for camera in frames:
             heads[camera] += 1
