@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import Inspection, LayerFormat, Recipe, RestFormat
-from recon.lowbit.support import device_name, refusal, require_device
+from recon.lowbit.support import device_name, full_fp32, refusal, require_device
 from recon.machine import MIB, rss_mib
 from recon.network import Network, TensorSpec
 
@@ -41,7 +41,7 @@ class TorchSession(Session):
         if self._module is None:
             raise self.closed_error()
         before = rss_mib() if self._first_run_mib is None else 0.0
-        with torch.inference_mode():
+        with torch.inference_mode(), full_fp32(self.device):
             outputs = self._module(*(feeds[name].to(self.device) for name in self.inputs))
         if self._first_run_mib is None:
             self._first_run_mib = max(0.0, rss_mib() - before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from recon.formats import LayerFormat, Recipe, RestFormat
 from recon.lowbit.linear import lowbit_linear
 
 DTYPES: dict[RestFormat, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WRAPPED = "module"  # under which name `Inference` holds what it wraps
 PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 FP16_REACH = 65504.0 / 2  # calibration sees some frames, not all: one bit of room
 
@@ -25,7 +27,7 @@ class Inference(nn.Module):
 
     def __init__(self, module: nn.Module, rest: RestFormat) -> None:
         super().__init__()
-        self.module, self.rest = module, rest
+        self.module, self.rest = module, rest  # `module` is WRAPPED
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The module's inputs and outputs, floating-point ones in FP32."""
@@ -40,6 +42,8 @@ class Inference(nn.Module):
 
 class Wide(nn.Module):
     """A layer that stays FP32 because its values do not fit the rest's format."""
+
+    INNER: ClassVar[str] = "layer"
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

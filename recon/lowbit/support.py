@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 from recon.errors import ReconError
@@ -35,6 +36,18 @@ def device_name(device: str) -> str:
 
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} (sm{major}{minor})"
+
+
+@contextmanager
+def full_fp32(device: str) -> Iterator[None]:
+    """On CUDA, FP32 convolutions without TF32, which PyTorch allows them and which keeps ten bits of a factor."""
+    if device == "cpu":
+        yield
+        return
+    import torch
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def refusal(formats: Sequence[LayerFormat], rest: RestFormat, device: str) -> str:

@@ -1,0 +1,227 @@
+"""Torch module and recipe to a package: torch.export, Inductor's ahead-of-time compiler, and what is told beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon.engines import Build, Session
+from recon.engines.aoti.inspection import inspect
+from recon.engines.aoti.package import IDENTITY, Identity, read, trust
+from recon.engines.aoti.record import Recorder
+from recon.errors import ReconError
+from recon.formats import Recipe
+from recon.lowbit.apply import Wide, prepare, stored_bytes
+from recon.lowbit.support import device_name
+from recon.network import Network, TensorSpec
+
+log = logging.getLogger(__name__)
+
+EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
+LOGGERS = ("torch._inductor", "torch.export", "torch._export")
+
+
+def build(source: Build, out: Path, device: str, max_autotune: bool) -> dict[str, Any]:
+    """Write the package `out` and its log `<out>.log`; facts for the manifest.
+
+    Raises:
+        ReconError: no C++ compiler, not enough memory, or an operation that cannot be exported or compiled.
+    """
+    require_compiler()
+    start = time.perf_counter()
+    network, recipe = source.network, source.recipe()
+    example = network.example(EXAMPLE_SEEDS[0])
+    examples = [{name: network.example(seed)[name] for name in network.inputs} for seed in EXAMPLE_SEEDS]
+    module = prepare(network.load(), recipe, examples).requires_grad_(False)
+    with build_log(out), translated(network, device):
+        arguments = tuple(example[name].to(device) for name in network.inputs)
+        module = module.to(device)
+        with torch.no_grad():
+            program = torch.export.export(module, arguments, strict=False)
+        exported = time.perf_counter()
+        identity = Identity(
+            torch=str(torch.__version__),
+            device=device.partition(":")[0],
+            hardware=device_name(device),
+            inputs=dict(network.inputs),
+            outputs=_outputs(program, network),
+            threads=torch.get_num_threads(),
+            rest=recipe.rest,
+        )
+        files = _compiled(program, arguments, module, identity, max_autotune)
+        _packaged(files, out, identity)
+    trust(out)
+    times = {"export_seconds": exported - start, "build_seconds": time.perf_counter() - start}
+    return _facts(out, module, recipe) | times
+
+
+def require_compiler() -> None:
+    """Raise ReconError unless there is a C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ReconError(
+            f"engine=inductor compiles C++, and there is no {compiler} on the PATH",
+            "install it (Debian, Ubuntu: apt-get install g++), name another with CXX=..., or engine=onnxruntime",
+        )
+
+
+def _compiled(
+    program: torch.export.ExportedProgram,
+    arguments: tuple[Tensor, ...],
+    module: nn.Module,
+    identity: Identity,
+    max_autotune: bool,
+) -> list[str]:
+    """Files that make up the package; the lowered graph's products go into `identity`."""
+    import torch._inductor
+    from torch._inductor import config
+
+    recorder = Recorder(module)
+    patches: dict[str, Any] = {"post_grad_custom_post_pass": recorder}
+    if hasattr(config.trace, "provenance_tracking_level"):
+        patches["trace.provenance_tracking_level"] = 2  # kernel names by graph node, without stack traces of source
+    options = {"aot_inductor.package": True, "max_autotune": max_autotune}
+    with config.patch(patches):
+        files = torch._inductor.aot_compile(program.module(), arguments, options=options)
+    assert isinstance(files, list)
+    identity.products = recorder.products
+    return [str(file) for file in files]
+
+
+def _packaged(files: list[Any], out: Path, identity: Identity) -> None:
+    from torch.export.pt2_archive._package import package_pt2
+
+    named = out if out.suffix == ".pt2" else out.with_name(f"{out.name}.pt2")
+    package_pt2(str(named), aoti_files=files, extra_files={IDENTITY: identity.to_json()})
+    if named != out:
+        named.replace(out)
+    for file in files:  # Inductor leaves them in its cache, weights included
+        Path(file).unlink(missing_ok=True)
+
+
+def _outputs(program: torch.export.ExportedProgram, network: Network) -> dict[str, TensorSpec]:
+    values = [node.meta["val"] for node in program.graph.output_node().args[0]]  # type: ignore[union-attr]
+    return {
+        name: TensorSpec(tuple(int(size) for size in value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in zip(network.outputs, values, strict=True)
+    }
+
+
+def _facts(out: Path, module: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    seen, (identity, kernels) = inspect(out), read(out)
+    by_module = {layer.modules[0]: layer for layer in seen.layers if layer.modules}
+    return {
+        "layers": {path: asdict(asked) for path, asked in recipe.layers.items()},
+        "infos": {path: asdict(info) for path, info in recipe.infos.items()},
+        "rest": recipe.rest,
+        "graph": {
+            "products": dict(Counter(f"{layer.op} {layer.compute}" for layer in seen.layers)),
+            "weights": dict(Counter(layer.weight for layer in seen.layers if layer.weight)),
+            "modules": {
+                path: f"{layer.op} {layer.compute}, weight {layer.weight}" for path, layer in by_module.items()
+            },
+        },
+        "kept_fp32": [name for name, layer in module.module.named_modules() if isinstance(layer, Wide)],  # type: ignore[union-attr,operator]
+        "kernels": dict(Counter(name.partition(":")[0] for name in kernels)),
+        "weights_mib": stored_bytes(module) / 2**20,
+        "bytes": out.stat().st_size,
+        "threads": identity.threads,
+    }
+
+
+@contextmanager
+def build_log(out: Path) -> Iterator[None]:
+    """Keep what torch says while it compiles in `<out>.log`, beside the package, instead of on the terminal."""
+    handler = logging.FileHandler(out.with_name(out.name + ".log"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = {name: (logging.getLogger(name).level, logging.getLogger(name).propagate) for name in LOGGERS}
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in caught:
+            record = logging.LogRecord(
+                "warnings", logging.WARNING, warning.filename, warning.lineno, str(warning.message), None, None
+            )
+            handler.emit(record)
+        for name, (level, propagate) in before.items():
+            logger = logging.getLogger(name)
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+        handler.close()
+
+
+@contextmanager
+def translated(network: Network, device: str) -> Iterator[None]:
+    """Torch's failures while a network is exported and compiled, as errors that say what to do."""
+    try:
+        yield
+    except ReconError:
+        raise
+    except Exception as error:  # Inductor's have no common base
+        text = str(error).strip() or type(error).__name__
+        raise failure(text, network, device) from error
+
+
+def failure(text: str, network: Network, device: str) -> ReconError:
+    """What a message of torch or of the C++ compiler means."""
+    last = json.dumps(text.splitlines()[0][:300])
+    lower = text.lower()
+    starved = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "killed signal",
+        "signal killed",
+        "std::bad_alloc",
+    )
+    if any(sign in lower for sign in starved):
+        need = (
+            f"one FP32 inference of {network.name} needs about {network.memory_mib:.0f} MiB"
+            if network.memory_mib
+            else ""
+        )
+        return ReconError(
+            f"{network.name}: not enough memory on {device} to compile: {last}{'; ' + need if need else ''}",
+            "fewer views, a smaller input, precision=bf16, or a machine with more memory",
+        )
+    if "compileerror" in lower.replace(" ", "") or "error: command" in lower or "c++ compile" in lower:
+        wrong = next((line for line in text.splitlines() if "error:" in line), text.splitlines()[0])
+        return ReconError(
+            f"{network.name}: the C++ compiler refused Inductor's code: {wrong.strip()[:300]}",
+            "a newer g++ (11 or later), and on CUDA the toolkit's headers (CUDA_HOME)",
+        )
+    return ReconError(
+        f"{network.name}: PyTorch {torch.__version__} cannot compile it for {device}: {last}",
+        "engine=torch runs the same formats without compiling; engine=onnxruntime or tensorrt take another way",
+    )
+
+
+def require_finite(session: Session, network: Network, rest: str) -> None:
+    """Raise ReconError unless the network's example gives finite outputs."""
+    for name, value in session.infer(network.example(EXAMPLE_SEEDS[0])).items():
+        if not bool(value.isfinite().all()):
+            raise ReconError(
+                f"{network.name}: output {name!r} of the compiled package is not finite in {rest}",
+                "the number format overflows in this network: choose precision=bf16 or fp32",
+            )
