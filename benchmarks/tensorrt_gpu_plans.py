@@ -1,0 +1,185 @@
+"""Graphs and plans for tensorrt_gpu.py: exported, quantised, lowered for an older builder, and built."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recon.artifact import content_key, obtain
+from recon.depth.nets.depth_anything import build, preprocess
+from recon.engines import Build
+from recon.engines.tensorrt import TensorRT
+from recon.engines.trt import targets
+from recon.errors import ReconError
+from recon.export import ExportOptions, export
+from recon.formats import Ranges
+from recon.geometry.preprocess import example_images
+from recon.models.vggt import VGGT
+from recon.network import Network, TensorSpec
+from recon.precision import Precision
+from recon.quant.none import NoQuant
+from recon.quantise import make_recipe, write
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_SEEDS = range(8)
+KEEP = ["camera_head.*"]  # small, iterated, and what poses depend on most
+PROFILES = [
+    {"images": {"min": [1, 3, 32, 32], "opt": [2, 3, 64, 64], "max": [4, 3, 96, 96]}},
+    {"images": {"min": [5, 3, 32, 32], "opt": [8, 3, 64, 64], "max": [8, 3, 128, 128]}},
+]
+
+
+def network_of(name: str) -> Network:
+    """da2-<side>, or vggt-twin with two views. Of a side of 384 the patches of 14 see 378."""
+    if name == "vggt-twin":
+        return VGGT(name=name, preset=name, weights="seeded:0", height=112, width=112).network(2)
+    side = int(name.partition("-")[2])
+    size = (side, side)
+
+    def example(seed: int) -> dict[str, torch.Tensor]:
+        image = torch.from_numpy(example_images(1, size, seed)).permute(0, 3, 1, 2)
+        return {"pixel_values": preprocess(image, size).contiguous()}
+
+    load = partial(build, size, seed=0, architecture="small", folder=None)
+    return Network(name, {"pixel_values": TensorSpec((1, 3, *size))}, ("disparity",), "seeded:0", load, example)
+
+
+def prepared(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The FP32 graph of a network, and the one with INT8 Q/DQ, ready for the builder; reused from the work folder."""
+    network, start = network_of(name), time.perf_counter()
+    base, int8 = (arguments.work / f"{name}_{precision}.onnx" for precision in ("fp32", "int8"))
+    if not int8.exists():
+        export(network, base, ExportOptions(opset=18 if arguments.builder else 20, simplify=False))
+        mode = NoQuant(name="none", keep=KEEP)
+        recipe = make_recipe(network, mode, Precision(name="int8", rest="fp32"), ranges_of(network))
+        facts = write(network, base, recipe, int8)
+        log.info("%s: %d INT8 layers, %s", name, len(recipe.layers), facts["check"])
+    log.info("%s is ready after %.0f s", name, time.perf_counter() - start)
+    graphs = [{"name": name, "precision": "fp16", "onnx": base}, {"name": name, "precision": "int8", "onnx": int8}]
+    for graph in graphs:
+        graph |= {"network": network, "base": base, "profiles": []}
+        graph["for_builder"] = lowered(graph["onnx"]) if arguments.builder else graph["onnx"]
+    return graphs
+
+
+def ranges_of(network: Network) -> Ranges:
+    """Largest absolute input of every Linear over the example images."""
+    module, found = network.load().eval(), {}
+    linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+    def see(path: str, value: torch.Tensor) -> None:
+        found[path] = max(found.get(path, 0.0), float(value.abs().max()))
+
+    for path, layer in linears.items():
+        layer.register_forward_pre_hook(lambda _, args, path=path: see(path, args[0]))
+    with torch.inference_mode():
+        for seed in CALIBRATION_SEEDS:
+            module(*network.example(seed).values())
+    return Ranges(found, {}, "max", "examples", len(CALIBRATION_SEEDS), "network.example")
+
+
+def lowered(path: Path) -> Path:
+    """The same graph in ONNX opset 17, for builders of TensorRT 8: what 18 changed is undone."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(path), load_external_data=False)
+    constants = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Split" and len(node.input) == 1:
+            keep(node, lambda entry: entry.name != "num_outputs")  # equal parts are what 17 gives without sizes
+        elif node.op_type == "Resize":
+            keep(node, lambda entry: entry.name not in ("antialias", "keep_aspect_ratio_policy") or entry.i != 0)
+        if node.op_type.startswith("Reduce"):
+            keep(node, lambda entry: entry.name != "noop_with_empty_axes" or entry.i != 0)
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) == 2:
+            axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            node.attribute.append(helper.make_attribute("axes", axes))
+    next(item for item in model.opset_import if item.domain in ("", "ai.onnx")).version = 17
+    model.ir_version = 8
+    out = path.with_name(f"{path.stem}_opset17.onnx")
+    onnx.save_model(model, str(out))  # external weights go on lying where the original has them
+    return out
+
+
+def keep(node: Any, wanted: Callable[[Any], bool]) -> None:
+    kept = [entry for entry in node.attribute if wanted(entry)]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+class Dynamic(torch.nn.Module):
+    """Convolutions and attention over any number of images of any size: for profiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.qkv, self.out = torch.nn.Conv2d(3, 64, 8, 8), torch.nn.Linear(64, 192), torch.nn.Linear(64, 64)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        mixed = torch.softmax(q @ k.transpose(1, 2) / 8, -1) @ v
+        return (tokens + self.out(mixed)).mean(1)
+
+
+def prepared_dynamic(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module, path = Dynamic().eval(), arguments.work / "dynamic_fp32.onnx"
+    sizes = {0: torch.export.Dim("count", min=1, max=8), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(
+        module, (torch.rand(2, 3, 64, 64),), dynamo=True, opset_version=18, dynamic_shapes=(sizes,),
+        input_names=["images"], output_names=["pooled"], verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    program.save(str(path))
+    network = Network("dynamic", {"images": TensorSpec((2, 3, 64, 64))}, ("pooled",), "", lambda: module, lambda _: {})
+    graph = {"name": "dynamic", "precision": "fp32", "network": network, "onnx": path, "base": path}
+    return graph | {"profiles": PROFILES, "for_builder": lowered(path) if arguments.builder else path}
+
+
+def engine_of(arguments: argparse.Namespace, **knobs: Any) -> TensorRT:
+    return TensorRT(name="tensorrt", flavour=arguments.flavour, allow_host_code=bool(arguments.builder), **knobs)
+
+
+def built(graph: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """The plan of a graph with the manifest that loading asks for."""
+    path = arguments.work / f"{graph['name']}_{graph['precision']}.engine"
+
+    def make(folder: Path) -> dict[str, Any]:
+        out = folder / path.name
+        if not arguments.builder:
+            source = Build(graph["network"], graph["for_builder"], lambda: None)  # type: ignore[arg-type,return-value]
+            return engine_of(arguments, profiles=graph["profiles"]).build(source, out)
+        command = [*arguments.builder.split(), str(graph["for_builder"]), str(out)]
+        command += ["--fp16"] if graph["precision"] != "fp32" else []
+        command += ["--int8"] if graph["precision"] == "int8" else []
+        command += ["--profiles", json.dumps(graph["profiles"])] if graph["profiles"] else []
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stdout[-1500:] + done.stderr[-500:]
+            raise ReconError(f"{path.name}: the builder ended with {done.returncode}: {said}")
+        log.info("%s built in %.0f s", path.name, time.perf_counter() - start)
+        return {"plan": plan_facts(graph, arguments), "build_seconds": time.perf_counter() - start}
+
+    key = content_key([graph["name"], graph["precision"], arguments.built_by, time.time()])
+    return obtain(path, "engine", key, make).path
+
+
+def plan_facts(graph: dict[str, Any], arguments: argparse.Namespace, **other: Any) -> dict[str, Any]:
+    facts = {
+        "flavour": "tensorrt", "version": arguments.built_by, "targets": [targets.here()],
+        "gpu": torch.cuda.get_device_name(), "version_compatible": True, "host_code": True,
+        "profiles": graph["profiles"],
+    }  # fmt: skip
+    return facts | other
