@@ -145,30 +145,24 @@ def _facts(out: Path, module: nn.Module, recipe: Recipe) -> dict[str, Any]:
 @contextmanager
 def build_log(out: Path) -> Iterator[None]:
     """Keep what torch says while it compiles in `<out>.log`, beside the package, instead of on the terminal."""
-    handler = logging.FileHandler(out.with_name(out.name + ".log"))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    before = {name: (logging.getLogger(name).level, logging.getLogger(name).propagate) for name in LOGGERS}
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
+    file = logging.FileHandler(out.with_name(out.name + ".log"), mode="w")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [file], False
         logger.setLevel(logging.INFO)
-        logger.propagate = False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     finally:
-        for warning in caught:
-            record = logging.LogRecord(
-                "warnings", logging.WARNING, warning.filename, warning.lineno, str(warning.message), None, None
-            )
-            handler.emit(record)
-        for name, (level, propagate) in before.items():
-            logger = logging.getLogger(name)
-            logger.removeHandler(handler)
+        for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
-            logger.propagate = propagate
-        handler.close()
+        for text in dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught):
+            file.emit(logging.LogRecord("warnings", logging.WARNING, "", 0, text, None, None))
+        file.close()
 
 
 @contextmanager
