@@ -155,29 +155,29 @@ def _run(model: onnx.ModelProto, scratch: Path, network: Network, probes: list[P
 
 def _weight_errors(model: onnx.ModelProto, recipe: Recipe) -> dict[str, float]:
     """Error of every layer's dequantised weight, by ONNX's own reference implementation, against the tool's."""
-    import onnx
     import torch
     from onnx.reference import ReferenceEvaluator
 
-    producer = {output: node for node in model.graph.node for output in node.output}
-    constants = {item.name: item for item in model.graph.initializer}
     errors = {}
     for path, weight in recipe.weights.items():
-        name = f"{path}.weight.dequantised"
-        nodes, leaves, queue = [], {}, [name]
-        while queue:
-            value = queue.pop()
-            if value in constants:
-                leaves[value] = constants[value]
-            elif value in producer and producer[value] not in nodes:
-                nodes.insert(0, producer[value])
-                queue += list(producer[value].input)
-        output = onnx.helper.make_tensor_value_info(name, FLOAT, None)
-        graph = onnx.helper.make_graph(nodes, "weight", [], [output], list(leaves.values()))
-        part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+        part = _computing(model, f"{path}.weight.dequantised")
         got = torch.from_numpy(ReferenceEvaluator(part).run(None, {})[0].copy())
         errors[path] = _error(weight.dequantised().t(), got)
     return errors
+
+
+def _computing(model: onnx.ModelProto, value: str) -> onnx.ModelProto:
+    """The part of the graph that computes a constant value."""
+    from onnx import helper
+
+    needed, nodes = {value}, list[Any]()
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            nodes.insert(0, node)
+            needed |= set(node.input)
+    leaves = [item for item in model.graph.initializer if item.name in needed]
+    graph = helper.make_graph(nodes, "weight", [], [helper.make_tensor_value_info(value, FLOAT, None)], leaves)
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _require(network: Network, errors: Mapping[str, Mapping[str, float]]) -> None:

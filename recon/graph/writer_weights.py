@@ -31,8 +31,9 @@ def _linear(patch: Patch, weight: QuantizedWeight, dtype: int) -> str:
         raw_bytes(_bytes_of(weight.codes).t()),
     )
     scale = patch.number("weight.scale", weight.scale, dtype)
-    axis = {"axis": 1} if weight.scale.ndim else {}
-    return patch.add("DequantizeLinear", [codes, scale], "weight.dequantised", **axis)
+    if not weight.scale.ndim:
+        return patch.add("DequantizeLinear", [codes, scale], "weight.dequantised")
+    return patch.add("DequantizeLinear", [codes, scale], "weight.dequantised", axis=1)
 
 
 def _codebook(patch: Patch, weight: QuantizedWeight, codebook: torch.Tensor, dtype: int) -> str:

@@ -67,8 +67,9 @@ class BitsAndBytes(QuantMode):
 
         made = self.layer_format_of(layer)
         if made.weight == "int8":
-            codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())  # the library takes FP16 here
-            return QuantizedWeight(made, codes, absmax.float() / 127)
+            codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())  # as Linear8bitLt does
+            empty = absmax == 0  # rows of zeros: the library divides by zero, and engines want positive scales
+            return QuantizedWeight(made, codes * ~empty[:, None], (absmax.float() / 127).masked_fill(empty, 1.0))
         packed, state = functional.quantize_4bit(
             weight, blocksize=self.block_size, quant_type=made.weight, compress_statistics=self.double_quant
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.formats import LayerFormat, LayerInfo, QuantizedWeight
 from recon.quant import QuantMode
@@ -38,8 +38,10 @@ class TorchDynamic(QuantMode):
             warnings.simplefilter("ignore")  # torch.ao announces its successor at every use
             layer_of_torch = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             layer_of_torch.weight = torch.nn.Parameter(weight, requires_grad=False)
-            layer_of_torch.qconfig = per_channel_dynamic_qconfig if self.per_channel else default_dynamic_qconfig
-            quantised = Linear.from_float(layer_of_torch).weight()
+            chosen: Any = per_channel_dynamic_qconfig if self.per_channel else default_dynamic_qconfig
+            layer_of_torch.qconfig = chosen
+            make: Any = Linear.from_float
+            quantised = make(layer_of_torch).weight()
         if self.per_channel:
             scale = quantised.q_per_channel_scales().float()
         else:
