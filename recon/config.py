@@ -30,7 +30,7 @@ from recon.fusion import Fusion
 from recon.live.align import Align
 from recon.live.stream import StreamOptions
 from recon.models import Model
-from recon.options import DepthVideoOptions, HandoverOptions, RerunOptions, check_viewer
+from recon.options import DepthVideoOptions, HandoverOptions, RerunOptions, SensitivityOptions, check_viewer
 from recon.precision import Precision
 from recon.quant import QuantMode
 from recon.sources import Source
@@ -54,9 +54,10 @@ GROUPS: dict[str, tuple[str, type[Component]]] = {
     "tracking": ("recon.tracking", Tracking),
 }
 
-STAGES = ("export", "calibrate", "build", "benchmark", "depth", "reconstruct", "handover", "evaluate", "report")
-STAGES_TO_COME = ("sensitivity",)
-ON_REQUEST = ("depth", "handover")
+STAGES = (
+    "export", "calibrate", "sensitivity", "build", "benchmark", "depth", "reconstruct", "handover", "evaluate", "report"
+)  # fmt: skip
+ON_REQUEST = ("sensitivity", "depth", "handover")
 """Stages that run only when they are named."""
 
 
@@ -100,6 +101,7 @@ class Config:
     stream: StreamOptions = field(default_factory=StreamOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    sensitivity: SensitivityOptions = field(default_factory=SensitivityOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -234,8 +236,6 @@ def check(config: Config) -> None:
         ReconError: an impossible value. Refused: a combination that this version cannot run.
     """
     for stage in [*config.stages, *config.force]:
-        if stage in STAGES_TO_COME:
-            raise Refused(f"stage {stage!r} is not built yet", f"stages in this version: {', '.join(STAGES)}")
         if stage not in STAGES:
             near = difflib.get_close_matches(stage, STAGES, 1)
             raise ReconError(
@@ -245,7 +245,14 @@ def check(config: Config) -> None:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
     check_viewer(config.viewer, config.stages)
     if "handover" in config.stages and "reconstruct" not in config.stages and config.handover.run is None:
-        raise ReconError("stage handover has no run to hand over", "add reconstruct to stages, or give handover.run=DIR")
+        raise ReconError(
+            "stage handover has no run to hand over", "add reconstruct to stages, or give handover.run=DIR"
+        )
+    if "sensitivity" in config.stages and not (config.quant_mode.layer_format() or config.precision.layer_format()):
+        raise ReconError(
+            f"stage sensitivity: quant_mode={config.quant_mode.name} and precision={config.precision.name} quantise nothing",
+            "choose precision=int8 or fp8, or a quant_mode",
+        )
     for component in components(config):
         component.check()
     for options in (
@@ -253,6 +260,7 @@ def check(config: Config) -> None:
         config.stream,
         config.export,
         config.calibration,
+        config.sensitivity,
         config.accuracy,
         config.benchmark,
         config.evaluate,
@@ -266,14 +274,16 @@ def check(config: Config) -> None:
 
 def _check_pair(config: Config) -> None:
     """Refuse formats that the engine, on its device, cannot carry out, and name the nearest pair that it can."""
-    if not {"build", "benchmark", "reconstruct", "sensitivity", "depth"} & set(config.stages):
+    if not {"build", "benchmark", "reconstruct", "depth"} & set(config.stages):
         return
     if not (reason := _refusal(config.engine, config.quant_mode, config.precision)):
         return
     mode, precision = config.quant_mode, config.precision
     names = [path.stem for path in sorted((CONF / "precision").glob("*.yaml"))]
     others = [option("precision", name) for name in ("fp16", "bf16", "fp32", *names)]
-    pairs = [(mode, other) for other in others] + [(option("quant_mode", "none"), other) for other in (precision, *others)]
+    pairs = [(mode, other) for other in others] + [
+        (option("quant_mode", "none"), other) for other in (precision, *others)
+    ]
     for near_mode, near in pairs:
         if not _refusal(config.engine, near_mode, near):  # type: ignore[arg-type]
             remedy = f"the nearest pair that works: quant_mode={near_mode.name} precision={near.name}"

@@ -59,6 +59,27 @@ class HandoverOptions:
 
 
 @dataclass
+class SensitivityOptions:
+    """How stage `sensitivity` looks for the layers that suffer most from quantisation."""
+
+    group: str = "block"
+    """What is quantised at a time. block: one transformer block. kind: the same layer of all blocks. layer: one."""
+    batches: int = 2
+    """Inputs of the network that errors are measured on, none of which calibration saw."""
+    budget: float = 0.1
+    """Share of the network's multiply-adds that the keep-list may leave unquantised, 0 to 1."""
+
+    def check(self) -> None:
+        """Raises ReconError for an impossible value."""
+        rules = {
+            "group": (self.group in ("block", "kind", "layer"), "choose block, kind or layer"),
+            "batches": (self.batches >= 1, "must be at least 1"),
+            "budget": (0 <= self.budget < 1, "must lie in 0 to 1, 1 not included"),
+        }
+        _require(self, "sensitivity", rules)
+
+
+@dataclass
 class DepthVideoOptions:
     """The videos of stage `depth`: input and coloured depth side by side, one per camera and one of all."""
 

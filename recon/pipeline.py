@@ -1,6 +1,6 @@
 """The stages, as plain functions in reading order. They see neither Hydra nor a tracker.
 
-    export -> calibrate -> build -> benchmark -> depth -> reconstruct -> handover -> evaluate -> report
+    export -> calibrate -> sensitivity -> build -> benchmark -> depth -> reconstruct -> handover -> evaluate -> report
 
 `run` calls those that were asked for. Each leaves an artifact or a file in the run folder and adds to the `Record`.
 What a stage needs from an earlier one it obtains from the artifact store, so any single stage can be asked for.
@@ -96,6 +96,24 @@ def calibrate(run: Run) -> str:
     return _joined(outcomes, run)
 
 
+def sensitivity(run: Run) -> str:
+    """Blocks ranked by the error that quantising them causes, and the list of those to keep."""
+    from recon.sensitivity import analyse, draw, write_keep_list
+
+    outcomes = []
+    for network in run.store.networks().values():
+        found = analyse(run.store, network)
+        keep, plot = run.folder / f"keep_{network.name}.json", run.folder / f"sensitivity_{network.name}.png"
+        write_keep_list(found, run.store, keep)
+        draw(found).savefig(plot, dpi=150)
+        run.record.files += [keep, plot]
+        run.record.tables[f"sensitivity_{network.name}"] = found.rows()
+        run.metrics.setdefault("sensitivity", {})[network.name] = found.rows()
+        share = 1 - found.with_list.score
+        outcomes.append(f"{keep.name}: {len(found.kept)} layers kept take away {100 * share:.0f} % of the error")
+    return _joined(outcomes, run)
+
+
 def build(run: Run) -> str:
     """ONNX to engines, each compared with the FP32 torch module."""
     if not run.config.engine.builds:
@@ -150,9 +168,7 @@ def reconstruct(run: Run) -> str:
         found = bootstrap_artifact(store, session)
         depth = partial(store.open, "depth")
         # room for all batches in flight, so that handing one in never waits
-        waiting = max(2, config.stream.ahead) * len(
-            config.source.cameras()
-        )
+        waiting = max(2, config.stream.ahead) * len(config.source.cameras())
         pool = stack.enter_context(
             DepthAnythingPool(depth, workers=workers, waiting=waiting, predict=config.depth.predict)
         )
@@ -208,6 +224,7 @@ def report(run: Run) -> str:
 STAGE_FUNCTIONS: dict[str, Callable[[Run], str]] = {
     "export": export,
     "calibrate": calibrate,
+    "sensitivity": sensitivity,
     "build": build,
     "benchmark": benchmark,
     "depth": depth,

@@ -135,7 +135,6 @@ def test_unknown_plus_keys_are_refused_with_the_nearest(override: str, near: str
         "precision=int8",
         "engine=tensorrt",
         "engine=inductor",
-        "stages=[sensitivity]",
         "stages=[handover]",
         "viewer=rerun",
     ],
