@@ -1,57 +1,91 @@
-"""Pictures of one reconstruction: the map, what it was bootstrapped from, and alignment over time."""
+"""Pictures of one reconstruction: inputs, predicted depth, the map beside the true scene, alignment over time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recon.geometry.world import to_source
+from recon.mapview import intrinsics, map_image, viewpoint
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure, FigureBase
-
-    from recon.geometry.views import Array, Bootstrap, Image
-    from recon.reconstruct import Reconstruction
-
-GROUND = (16, 21, 28)
-FOCAL = 0.75
-"""Focal length of the map's pictures as a share of their width: 67 degrees across."""
-
-
-def overview(result: Reconstruction) -> Figure:
-    """Inputs, map and alignment on one page."""
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 12), layout="constrained")
-    parts = figure.subfigures(3, 1, height_ratios=[4.2, 4.8, 3.0], squeeze=False).ravel()
-    for part, draw in zip(parts, (draw_inputs, draw_map, draw_alignment), strict=True):
-        draw(part, result)
-    return figure
+    from recon.config import Config
+    from recon.geometry.views import Image
+    from recon.reconstruct import Reconstruction
+
+WIDTH, GAP, HEAD = 12.0, 0.08, 0.32
+"""Width of a page, gap between pictures and height of a heading, inches."""
+BAR = 2.4
+"""Length of a colour bar, inches."""
+INK, QUIET = "#1c2430", "#5a6675"
+DEPTH_COLOURS = "turbo_r"
+MAP_SIZE = (960, 640)
+MOST_VIEWS = 8
 
 
-def draw_map(figure: FigureBase, result: Reconstruction) -> None:
-    """The fused map raised behind the first camera, and steeply from above."""
-    cloud = result.fused.points()
-    spacing = result.map_stats.get("voxel", 0.0)
-    for column, pose in enumerate(outlooks(np.asarray(cloud.points, np.float64), result.bootstrap)):
-        axis = figure.add_subplot(1, 2, column + 1)
-        axis.imshow(splat_image(cloud.points, cloud.colors, pose, 900, 760, spacing))
-        axis.axis("off")
-        axis.set_title(("fused map", "from above")[column], fontsize=9)
+@dataclass(frozen=True)
+class Row:
+    """Pictures side by side under a heading. aspect: height / width of each; names: captions inside the pictures.
+
+    bar: (low, high, unit) of a colour bar in the heading.
+    """
+
+    heading: str
+    note: str
+    cells: Sequence[Callable[[Axes], None]]
+    aspect: float
+    names: Sequence[str] = ()
+    bar: tuple[float, float, str] | None = None
 
 
-def draw_inputs(figure: FigureBase, result: Reconstruction) -> None:
-    """Bootstrap images and depths, one column per camera, eight at most."""
-    views = result.bootstrap.views[:8]
-    for column, view in enumerate(views):
-        top, bottom = (figure.add_subplot(2, len(views), row * len(views) + column + 1) for row in (0, 1))
-        top.imshow(view.image)
-        top.set_title(view.camera, fontsize=9)
-        bottom.imshow(np.where(view.depth > 0, view.depth, np.nan), cmap="turbo_r")
-        top.axis("off")
-        bottom.axis("off")
+def input_rows(config: Config, result: Reconstruction) -> list[Row]:
+    """Bootstrap images and depths in one colour scale, one column per camera, eight at most."""
+    views = result.bootstrap.views[:MOST_VIEWS]
+    depths = [np.where(view.depth > 0, view.depth, np.nan) for view in views]
+    known = np.concatenate([depth[np.isfinite(depth)] for depth in depths])
+    low, high = (float(value) for value in np.percentile(known, (1, 99))) if len(known) else (0.0, 1.0)
+    unit = "m" if result.scale.unit == "m" else "units"
+    learned = config.model.has_network
+    heading = f"Depth predicted by {config.model.name}" if learned else "Depth of the bootstrap, as recorded"
+    note = f"one pass over {len(views)} views" if learned else ""
+    aspect = views[0].depth.shape[0] / views[0].depth.shape[1]
+    return [
+        Row("Input", "one frame of each camera", [_picture(view.image) for view in views], aspect,
+            [view.camera for view in views]),
+        Row(heading, note, [_depth(depth, low, high) for depth in depths], aspect, bar=(low, high, unit)),
+    ]  # fmt: skip
 
 
-def draw_alignment(figure: FigureBase, result: Reconstruction) -> None:
+def map_row(config: Config, result: Reconstruction, found: dict[str, Any]) -> Row:
+    """The fused map beside the true scene from the same viewpoint; from two viewpoints where the truth is unknown.
+
+    found: the evaluation, as in metrics.json; may be empty.
+    """
+    width, height = MAP_SIZE
+    points = np.asarray(result.fused.points().points, np.float64)
+    pose = viewpoint(points, result.bootstrap)
+    aligned = to_source(result.bootstrap)
+    truth = None
+    if aligned is not None:
+        truth = config.source.picture(intrinsics(width, height), aligned.pose(pose), width, height)
+    if truth is not None:
+        names, second = ("fused map", "true scene without what moves, same viewpoint"), truth
+    else:
+        above = viewpoint(points, result.bootstrap, raised=0.9, back=0.2)
+        names, second = ("fused map", "from above"), map_image(result.fused, above, width, height)
+    cells = [_picture(map_image(result.fused, pose, width, height)), _picture(second)]
+    depth = f" with {config.depth.name}" if config.depth.network() is not None else ""
+    steps = f"after {result.log.accepted} of {result.log.seen} frames{depth}, from a viewpoint that no camera has"
+    return Row("Fused map", ". ".join([steps, *_figures(found)]), cells, height / width, names)
+
+
+def draw_alignment(figure: Figure, result: Reconstruction) -> None:
     """Median residual by frame, one line per camera; crosses are frames that were not fused."""
     axis = figure.add_subplot(1, 1, 1)
     for camera in dict.fromkeys(frame["camera"] for frame in result.frames):
@@ -65,43 +99,76 @@ def draw_alignment(figure: FigureBase, result: Reconstruction) -> None:
         axis.legend(ncols=4, fontsize=8)
 
 
-def outlooks(points: Array, bootstrap: Bootstrap) -> list[Array]:
-    """Two poses (T_world_cam) to look at a map from: raised behind the first camera, and steeply from above."""
-    poses = np.stack([view.T_world_cam for view in bootstrap.views])
-    up = -poses[:, :3, 1].mean(0)
-    up /= max(float(np.linalg.norm(up)), 1e-9)
-    target = np.median(points, axis=0)
-    radius = float(np.quantile(np.linalg.norm(points - target, axis=1), 0.9))
-    away = poses[:, :3, 3].mean(0) - target
-    away -= up * (away @ up)
-    away /= max(float(np.linalg.norm(away)), 1e-9)
-    eyes = [target + radius * (back * away + rise * up) for back, rise in ((1.35, 0.75), (0.5, 1.9))]
-    return [_look_at(eye, target, up) for eye in eyes]
+def compose(rows: Sequence[Row]) -> Figure:
+    """A page as high as its rows need, with nothing around them."""
+    from matplotlib.figure import Figure
+
+    heights = [HEAD + _cell_width(row) * row.aspect for row in rows]
+    total = sum(heights) + GAP * (len(rows) + 1)
+    figure = Figure(figsize=(WIDTH, total))
+    top = total - GAP
+    for row, height in zip(rows, heights, strict=True):
+        _place(figure, row, top, height, total)
+        top -= height + GAP
+    return figure
 
 
-def splat_image(points: Any, colors: Any, T_world_cam: Array, width: int, height: int, spacing: float) -> Image:
-    """[height,width,3] uint8: points as squares wide enough to close gaps of `spacing`, nearest in front."""
-    local = (np.asarray(points, np.float64) - T_world_cam[:3, 3]) @ T_world_cam[:3, :3]
-    ahead = local[:, 2] > 0.05
-    local, tint = local[ahead], np.asarray(colors)[ahead]
-    image = np.full((height, width, 3), GROUND, np.uint8)
-    if not len(local):
-        return image
-    order = np.argsort(-local[:, 2])
-    local, tint = local[order], tint[order]
-    half = int(np.clip(np.ceil(0.6 * spacing * FOCAL * width / np.quantile(local[:, 2], 0.2)), 1, 6))
-    square = np.array(list(np.ndindex(2 * half + 1, 2 * half + 1))) - half
-    centre = local[:, :2] / local[:, 2:] * FOCAL * width + np.array([width, height]) / 2
-    u, v = (np.rint(centre).astype(int)[:, None] + square).reshape(-1, 2).T
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    image[v[inside], u[inside]] = np.repeat(tint, len(square), axis=0)[inside]
-    return image
+def _place(figure: Figure, row: Row, top: float, height: float, total: float) -> None:
+    width = _cell_width(row)
+    figure.text(GAP / WIDTH, (top - HEAD * 0.68) / total, row.heading, fontsize=13, fontweight="bold", color=INK)
+    if row.note:
+        where = (GAP + 0.106 * len(row.heading) + 0.2) / WIDTH
+        figure.text(where, (top - HEAD * 0.68) / total, row.note, fontsize=10.5, color=QUIET)
+    for column, draw in enumerate(row.cells):
+        left, bottom = GAP + column * (width + GAP), top - height
+        axis = figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, (height - HEAD) / total))
+        axis.axis("off")
+        draw(axis)
+        if column < len(row.names):
+            axis.text(0.012, 0.97, row.names[column], transform=axis.transAxes, va="top", fontsize=10, color="white",
+                      bbox={"facecolor": "black", "alpha": 0.55, "pad": 2.5, "edgecolor": "none"})  # fmt: skip
+    if row.bar is not None:
+        _colour_bar(figure, row.bar, top, total)
 
 
-def _look_at(eye: Array, target: Array, up: Array) -> Array:
-    forward = (target - eye) / max(float(np.linalg.norm(target - eye)), 1e-9)
-    right = np.cross(forward, up)
-    right /= max(float(np.linalg.norm(right)), 1e-9)
-    pose = np.eye(4)
-    pose[:3, :4] = np.stack([right, np.cross(forward, right), forward, eye], axis=1)
-    return pose
+def _colour_bar(figure: Figure, bar: tuple[float, float, str], top: float, total: float) -> None:
+    """Right in the heading: near colour, bar, far colour."""
+    low, high, unit = bar
+    left, middle = WIDTH - GAP - BAR - 0.95, top - HEAD * 0.55
+    axis = figure.add_axes((left / WIDTH, (middle - 0.06) / total, BAR / WIDTH, 0.12 / total))
+    axis.imshow(np.linspace(0, 1, 256)[None], cmap=DEPTH_COLOURS, aspect="auto")
+    axis.axis("off")
+    style: dict[str, Any] = {"fontsize": 10, "color": QUIET, "va": "center"}
+    figure.text((left - 0.08) / WIDTH, middle / total, f"{low:.1f}", ha="right", **style)
+    figure.text((left + BAR + 0.08) / WIDTH, middle / total, f"{high:.1f} {unit}", ha="left", **style)
+
+
+def _cell_width(row: Row) -> float:
+    free = WIDTH - GAP * (len(row.cells) + 1)
+    return free / len(row.cells)
+
+
+def _picture(image: Image) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        axis.imshow(image, aspect="auto")
+
+    return draw
+
+
+def _depth(depth: Any, low: float, high: float) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        axis.imshow(depth, cmap=DEPTH_COLOURS, vmin=low, vmax=high, aspect="auto")
+
+    return draw
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    """The three figures that a reader compares first."""
+    unit, parts = "m" if found.get("unit") == "m" else "units", []
+    if "depth_absrel" in found:
+        parts.append(f"Depth AbsRel {found['depth_absrel']:.3f}")
+    if "map_f_score" in found:
+        parts.append(f"F-score {found['map_f_score']:.2f} at {found['map_threshold']:g} {unit}")
+    if "plane_rms" in found:
+        parts.append(f"planes {found['plane_rms']:.3f} {unit} RMS")
+    return [", ".join(parts)] if parts else []

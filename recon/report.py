@@ -42,7 +42,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 
 def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction | None, folder: Path) -> list[Path]:
     """`report.html`: settings, engines, map, alignment over time, what was measured; `overview.png`: its pictures."""
-    from recon.figures import draw_alignment, draw_inputs, draw_map, overview
+    from recon.figures import compose, draw_alignment, input_rows, map_row
 
     parts = [f"<h1>{html.escape(config.name)}</h1>", _settings(config)]
     if "benchmark" in metrics:
@@ -51,13 +51,11 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
     if result is not None:
         files.append(folder / "overview.png")
         with atomic_file(files[-1]) as temporary:
-            overview(result).savefig(temporary, dpi=110)
-        pictures = [
-            _image(draw, result, height)
-            for draw, height in ((draw_map, 4.8), (draw_inputs, 4.2), (draw_alignment, 3.0))
-        ]
-        parts += ["<h2>Map</h2>", pictures[0], _map_note(metrics), "<h2>Bootstrap</h2>", pictures[1]]
-        parts += ["<h2>Alignment</h2>", pictures[2]]
+            inputs, fused = input_rows(config, result), map_row(config, result, metrics.get("evaluation", {}))
+            compose([*inputs, fused]).savefig(temporary, dpi=130)
+        parts += ["<h2>Map</h2>", _image(compose([fused])), _map_note(metrics)]
+        parts += ["<h2>Bootstrap</h2>", _image(compose(inputs))]
+        parts += ["<h2>Alignment</h2>", _image(_alignment(draw_alignment, result))]
     if found := metrics.get("evaluation"):
         parts += ["<h2>Evaluation</h2>", _rows([{"metric": key, "value": value} for key, value in found.items()])]
     head = f"<!doctype html><meta charset=utf-8><title>recon {html.escape(config.name)}</title><style>{STYLE}</style>"
@@ -107,11 +105,15 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _image(draw: Callable[[Figure, Reconstruction], None], result: Reconstruction, height: float) -> str:
+def _alignment(draw: Callable[[Figure, Reconstruction], None], result: Reconstruction) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(11, 3.0), layout="constrained")
     draw(figure, result)
+    return figure
+
+
+def _image(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
