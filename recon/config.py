@@ -250,7 +250,7 @@ def check(config: Config) -> None:
         )
     if "sensitivity" in config.stages and not (config.quant_mode.layer_format() or config.precision.layer_format()):
         raise ReconError(
-            f"stage sensitivity: quant_mode={config.quant_mode.name} and precision={config.precision.name} quantise nothing",
+            f"stage sensitivity: {config.quant_mode.name} and {config.precision.name} quantise no layer",
             "choose precision=int8 or fp8, or a quant_mode",
         )
     for component in components(config):
