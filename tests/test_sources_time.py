@@ -201,3 +201,24 @@ def test_a_baseline_reaches_whoever_estimates_poses(folder: Path) -> None:
     assert (baseline.first, baseline.second, baseline.metres) == ("left", "right", 0.3)
     assert images.scale().unit == "arbitrary"
     assert source(folder).baseline() is None
+
+
+def test_frames_of_the_office_recording_as_images(data_dir: Path, tmp_path: Path) -> None:
+    from recon.sources.videofiles import frames, index_video
+
+    office = data_dir / "office4"
+    for number in range(4):
+        (tmp_path / f"cam_{number}").mkdir()
+        for frame, image in frames(index_video(office / f"cam_{number}.mp4"), range(3)):
+            assert not isinstance(image, str)
+            Image.fromarray(image).save(tmp_path / f"cam_{number}" / f"{frame}.jpg")
+    images = Images(
+        name="images", path=str(tmp_path), rig=str(office / "camera_array.toml"),
+        timestamps=str(office / "timestamps.csv"),
+    )  # fmt: skip
+    images.check()
+    images.validate()
+    assert [len(batch) for batch in images.batches()] == [4, 4]
+    assert images.scale().unit == "m"
+    assert images.report()["skew_ms"]["max"] < 20
+    assert all(view.origin is not None and view.T_world_cam is not None for view in images.bootstrap())

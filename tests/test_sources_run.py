@@ -1,0 +1,80 @@
+"""Whole runs from recordings with faults: they end well, and metrics.json says what was lost and what a unit means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from video_files import even, numbered, spoil, write_video
+
+from recon.config import Config, option
+from recon.pipeline import Run, finish, run
+from recon.sources import Source
+from recon.sources.videos import Videos
+from recon.sources.webcams import Webcams
+from recon.store import Store
+
+
+def metrics_of(source: Source, folder: Path) -> dict[str, Any]:
+    """metrics.json of the reconstruct stage with the smallest networks in plain torch."""
+    config = Config(
+        model=replace(option("model", "vggt-twin"), height=42, width=56),
+        depth=option("depth", "da2-twin"),
+        quant_mode=option("quant_mode", "none"),
+        precision=option("precision", "fp32"),
+        engine=option("engine", "torch"),
+        source=source,
+        fusion=replace(option("fusion", "surfel"), max_depth=1e6),
+        tracking=option("tracking", "none"),
+        stages=["reconstruct"],
+        output=str(folder / "outputs"),
+    )
+    state = Run(config, folder / "run", Store(config))
+    state.folder.mkdir()
+    run(state)
+    found: dict[str, Any] = json.loads(finish(state).read_text())
+    return found
+
+
+def rig(folder: Path) -> str:
+    T = np.tile(np.eye(4), (2, 1, 1))
+    T[1, :3, 3] = [0.5, 0, 0.1]
+    K = np.array([[150.0, 0, 79.5], [0, 150, 59.5], [0, 0, 1]])
+    np.savez(
+        folder / "rig.npz", camera_names=["left", "right"], K=[K, K], distortion=[[-0.2, 0.02, 0, 0]] * 2,
+        width=160, height=120, T_world_cam=T, unit="m",
+    )  # fmt: skip
+    return str(folder / "rig.npz")
+
+
+def test_a_run_from_damaged_videos_says_what_it_lost(tmp_path: Path) -> None:
+    left = write_video(tmp_path / "v" / "left.mp4", even(12), gop=4)
+    write_video(tmp_path / "v" / "right.mkv", even(8, start=0.01))
+    spoil(left, 5)
+    source = Videos(name="videos", path=str(tmp_path / "v"), rig=rig(tmp_path))
+    metrics = metrics_of(source, tmp_path)
+    assert metrics["scale"] == {"unit": "m", "source": "known poses"}
+    assert metrics["source"]["cameras"]["left"]["lost"] == {"damaged": 3}  # frames 5, 6 and 7
+    assert "before the last camera" in metrics["source"]["cameras"]["right"]["events"][0]["what"]
+    assert metrics["source"]["skew_ms"]["max"] == 10.0
+    assert metrics["source"]["batches"] == 11
+    seen = [(row["camera"], row["frame"]) for row in metrics["frames"]]
+    assert sorted(seen) == [*(("left", n) for n in (1, 2, 3, 4, 8, 9, 10, 11)), *(("right", n) for n in range(1, 8))]
+
+
+def test_a_run_from_cameras_with_black_pictures_goes_on(tmp_path: Path) -> None:
+    black = [numbered(n) if not 2 <= n <= 5 else numbered(0) * 0 for n in range(100)]
+    write_video(tmp_path / "left.mp4", even(100, 5))  # 20 s: it must outlast the bootstrap on a busy machine
+    write_video(tmp_path / "right.mkv", even(100, 5), codec="ffv1", images=black)
+    devices = [f"left={tmp_path / 'left.mp4'}", f"right={tmp_path / 'right.mkv'}"]
+    source = Webcams(name="webcams", devices=devices, rig=rig(tmp_path), start_s=0.0, stall_s=0.5, max_batches=12)
+    metrics = metrics_of(source, tmp_path)
+    assert metrics["scale"]["unit"] == "m"
+    right = metrics["source"]["cameras"]["right"]
+    assert right["lost"]["black"] == 4
+    assert [event["what"] for event in right["events"]][-1] == "is back (was black)"
+    assert {row["camera"] for row in metrics["frames"]} == {"left", "right"}
+    assert metrics["source"]["cameras"]["left"]["delivered"] == 12
