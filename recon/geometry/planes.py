@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from recon.geometry.views import Array
 
-HYPOTHESES, SAMPLE = 300, 20_000
+HYPOTHESES, SAMPLE = 200, 5_000
 COSINE = 0.97
 """Normals of a plane's points agree with its own to within 14 degrees."""
 FEWEST = 50
@@ -30,32 +30,27 @@ def find_planes(
 ) -> list[Plane]:
     """The largest planes of an oriented surface [N,3], each with at least `least_share` of its points.
 
-    Greedy: hypotheses are points with their normals (of a sample, with a fixed seed), the one with most points within
+    Greedy: hypotheses are points of a sample with their normals (fixed seed), the one with most points within
     `tolerance` is refined twice by least squares, its points are taken out.
     """
-    rng, free = np.random.default_rng(0), np.arange(len(points))
-    planes: list[Plane] = []
-    free = free[np.linalg.norm(normals, axis=1) > 0.5]
+    rng, planes = np.random.default_rng(0), list[Plane]()
+    free = np.flatnonzero(np.linalg.norm(normals, axis=1) > 0.5)
     while len(planes) < most and len(free) >= max(3, least_share * len(points)):
         sample = free if len(free) <= SAMPLE else rng.choice(free, SAMPLE, replace=False)
-        best = max(
-            (
-                _inliers(
-                    points[sample], normals[sample], normals[seed], float(normals[seed] @ points[seed]), tolerance
-                ).sum(),
-                seed,
-            )
-            for seed in rng.choice(free, min(HYPOTHESES, len(free)), replace=False)
-        )[1]
-        normal, offset = normals[best], float(normals[best] @ points[best])
+        seeds = rng.choice(sample, min(HYPOTHESES, len(sample)), replace=False)
+        offsets = np.einsum("ij,ij->i", points[seeds], normals[seeds])
+        best = int(
+            np.argmax(_inliers(points[sample], normals[sample], normals[seeds].T, offsets, tolerance).sum(axis=0))
+        )
+        normal, offset = normals[seeds[best]], float(offsets[best])
         for _ in range(2):
             near = free[_inliers(points[free], normals[free], normal, offset, tolerance)]
             normal, offset = fit_plane(points[near], normal)
-        near = free[_inliers(points[free], normals[free], normal, offset, tolerance)]
-        if len(near) < least_share * len(points):
+        inside = _inliers(points[free], normals[free], normal, offset, tolerance)
+        if inside.sum() < least_share * len(points):
             break
-        planes.append(Plane(normal, offset, near))
-        free = np.setdiff1d(free, near, assume_unique=True)
+        planes.append(Plane(normal, offset, free[inside]))
+        free = free[~inside]
     return planes
 
 
@@ -103,5 +98,8 @@ def fit_plane(points: Array, toward: Array) -> tuple[Array, float]:
     return normal, float(normal @ centre)
 
 
-def _inliers(points: Array, normals: Array, normal: Array, offset: float, tolerance: float) -> NDArray[np.bool_]:
+def _inliers(
+    points: Array, normals: Array, normal: Array, offset: float | Array, tolerance: float
+) -> NDArray[np.bool_]:
+    """[N] points on a plane; [N,P] for normals [3,P] and offsets [P]."""
     return (np.abs(points @ normal - offset) < tolerance) & (normals @ normal > COSINE)
