@@ -100,9 +100,10 @@ def calibration_facts(ranges: Ranges | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Told:
-    """Engine layers by module path."""
+    """Engine layers by module path, and those that the engine does not trace back to a module."""
 
     layers: dict[str, list[EngineLayer]]
+    nameless: list[EngineLayer]
 
     @staticmethod
     def of(seen: Inspection) -> _Told:
@@ -110,7 +111,7 @@ class _Told:
         for layer in seen.layers:
             for module in layer.modules:
                 found.setdefault(module, []).append(layer)
-        return _Told(found)
+        return _Told(found, [layer for layer in seen.layers if not layer.modules and layer.compute])
 
 
 def _judge(asked: Asked, graph: Recount | None, seen: Inspection) -> dict[str, Any]:
@@ -164,14 +165,12 @@ def _absent_from_engine(asked: Asked, elsewhere: Mapping[str, str]) -> str:
 def _elsewhere(asked: Asked, graph: Recount | None, told: _Told) -> dict[str, str]:
     """Module path -> how the engine carries it out in another way than asked."""
     found = {}
-    modules = {p.module for p in graph.products if p.module} if graph else set(told.layers)
+    modules = {p.module for p in graph.products} if graph else set(told.layers)
     for path in sorted(modules | set(asked.layers)):
         form, layers = asked.layers.get(path), told.layers.get(path, [])
-        if not layers:
-            if form is not None:
-                found[path] = "the engine names no layer for it"
-            continue
-        if reason := next((said for layer in layers if (said := _differs(layer, form, asked.rest))), ""):
+        if form is not None and not layers:
+            found[path] = "not named by the engine"
+        elif reason := next((said for layer in layers or told.nameless if (said := _differs(layer, form, asked.rest))), ""):
             found[path] = reason
     return found
 

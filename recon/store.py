@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXPORT_VERSION = "export.2"  # raise when the exporter writes other files for the same settings
 CALIBRATION_VERSION = "calibration.1"
 WRITER_VERSION = "writer.1"
-BUILD_VERSION = "build.2"
+BUILD_VERSION = "build.3"
 PLAIN = {"quant_mode": "none", "precision": "fp32"}
 
 

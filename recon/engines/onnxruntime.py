@@ -96,7 +96,7 @@ class OnnxRuntime(Engine):
             "ops": operators(out),
             "bytes": sum(file.stat().st_size for file in files),
             "threads": self._threads(),
-            "held_back": [*held_back.off, *(f"{key}={value}" for key, value in held_back.entries.items())],
+            "held_back": held_back.facts(),
             "build_seconds": time.perf_counter() - start,
         }
 
@@ -153,7 +153,7 @@ class OnnxRuntime(Engine):
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             session = onnxruntime.InferenceSession(
-                str(path),
+                held_back.model or str(path),
                 options,
                 providers=[(PROVIDERS[provider], settings or {})],
                 disabled_optimizers=list(held_back.off),

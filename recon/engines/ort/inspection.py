@@ -15,6 +15,7 @@ from recon.errors import ReconError
 from recon.formats import EngineLayer, Inspection
 from recon.onnxgraph import MODULES_KEY, OnnxGraph, Product, Weight
 
+BEGINNINGS = ("InsertedPrecisionFreeCast_", "FusedBack_")
 ENDINGS = ("_nchwc", "_quant", "_nhwc")
 
 
@@ -62,7 +63,13 @@ def _stored(product: Product) -> str:
 
 
 def _module(name: str, outputs: list[str], modules: dict[str, str]) -> str:
-    """Module path of a node that may have been renamed: fusions append `/Fusion`, layouts `_nchwc` to an output."""
-    stem = name.partition("/")[0]
-    names = [stem, *(stem.removesuffix(ending) for ending in ENDINGS), *outputs]
-    return next((modules[found] for found in names if found in modules), "")
+    """Module path of a node that may have been renamed: fusions append `/Fusion`, layouts `_nchwc` to an output,
+    inserted Casts leave `InsertedPrecisionFreeCast_` in front of one."""
+    for found in (name, *outputs):
+        stem = found.partition("/")[0]
+        for beginning in BEGINNINGS:
+            stem = stem.removeprefix(beginning)
+        for ending in ("", *ENDINGS):
+            if (module := modules.get(stem.removesuffix(ending))) is not None:
+                return module
+    return ""
