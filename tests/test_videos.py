@@ -89,11 +89,13 @@ def test_csv_may_name_files(tmp_path: Path) -> None:
         (["camera,time_s", "a,zero"], "line 2: could not convert"),
         (["camera,time_s", "a,0", "a,nan"], "line 3: time nan"),
         (["camera,time_s", "a"], "line 2"),
+        (["camera,frame,time_s", "a,9,1"], "none of the 1 rows of camera 'a' is for one of its 3 frames"),
+        (["camera,time_s", "b,1"], "has no rows for camera 'a'"),
     ],
 )
 def test_csv_that_cannot_be_used_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(ReconError, match=message) as caught:
-        read_timestamps(csv(tmp_path / "t.csv", *lines))
+        assign(read_timestamps(csv(tmp_path / "t.csv", *lines)), {"a": [""] * 3}, "source.timestamps=t.csv")
     assert caught.value.remedy
 
 
@@ -238,7 +240,9 @@ def test_a_file_that_was_cut_off_gives_what_is_left(folder: Path) -> None:
     found = stream(videos)
     assert [batch.get("right", -1) for batch in found[:13]] == [*range(1, 14)]
     assert found[14:] == [{"left": n} for n in range(15, 24)]
-    assert "before the last camera" in videos.report()["cameras"]["right"]["events"][-1]["what"]
+    events = [event["what"] for event in videos.report()["cameras"]["right"]["events"]]
+    assert any(what.startswith("the file promises 2.4") for what in events)
+    assert "before the last camera" in events[-1]
 
 
 def test_a_cut_mp4_says_how_many_frames_are_missing(folder: Path) -> None:
@@ -314,13 +318,25 @@ def test_black_frames_are_left_out_and_frozen_ones_counted(tmp_path: Path) -> No
     pictures = [numbered(n) for n in range(10)]
     for number in (3, 4):
         pictures[number] = np.zeros_like(pictures[0])
-    pictures[7] = pictures[8] = pictures[6]
-    write_video(tmp_path / "v" / "left.mkv", even(10), codec="ffv1", images=pictures)
+    pictures[7:] = [pictures[6]] * 3
+    pictures += [pictures[6]] * 3
+    write_video(tmp_path / "v" / "left.mkv", even(13), codec="ffv1", images=pictures)
     videos = source(tmp_path)
     videos.validate()
-    assert [batch[0].frame for batch in videos.batches()] == [1, 2, 5, 6, 7, 8, 9]
+    assert [batch[0].frame for batch in videos.batches()] == [1, 2, *range(5, 13)]
     row = videos.report()["cameras"]["left"]
-    assert (row["lost"], row["frozen"]) == ({"black": 2}, 2)
+    assert (row["lost"], row["frozen"]) == ({"black": 2}, 6)
+    assert row["events"][-1] == {"what": "frozen: 5 equal frames in a row", "at": 11}
+
+
+def test_a_camera_that_pauses_is_missed_and_told(tmp_path: Path) -> None:
+    write_video(tmp_path / "v" / "left.mkv", even(20))
+    write_video(tmp_path / "v" / "right.mkv", [*even(6), *even(10, start=1.0)])
+    videos = source(tmp_path)
+    found = stream(videos)
+    assert [len(batch) for batch in found] == [2] * 5 + [1] * 4 + [2] * 10
+    row = videos.report()["cameras"]["right"]
+    assert (row["pauses"], row["events"]) == (1, [{"what": "no frame for 0.500 s", "at": 0.5}])
 
 
 def test_cameras_of_different_size_and_a_rig_of_another(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def assign(rows: dict[str, list[Row]], frames: dict[str, list[str]], where: str)
     are put aside, as few as possible; frames without a row have no time. All of it is counted in `notes`.
 
     Raises:
-        ReconError: a camera has no rows.
+        ReconError: a camera has no rows, or none that belongs to a frame.
     """
     timeline = Timeline({})
     first = min((row.order for own in rows.values() for row in own if row.order is not None), default=0)
@@ -103,6 +103,11 @@ def assign(rows: dict[str, list[Row]], frames: dict[str, list[str]], where: str)
             )
         numbers, ordered = _numbers(rows[key], names, first, span)
         timeline.times[camera], timeline.notes[camera] = _clean(numbers, ordered, len(names))
+        if np.isnan(timeline.times[camera]).all():
+            raise ReconError(
+                f"{where}: none of the {len(rows[key])} rows of camera {camera!r} is for one of its {len(names)} frames",
+                "name frames by number from 0, by file name, or by a common sync_index",
+            )
         timeline.origin[camera] = "csv"
     return timeline
 

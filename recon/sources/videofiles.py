@@ -39,7 +39,7 @@ class VideoIndex:
 
     times: seconds by frame number, in order of display. pts: time stamps in the stream's own unit, increasing; empty
     where the container has none, then frames are counted. keys: numbers of the key frames. size: (width, height),
-    upright. announced: frames that the container's header promises, 0 = it does not say.
+    upright. announced, promised_s: frames and seconds that the container's header promises, 0 = it does not say.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class VideoIndex:
     keys: tuple[int, ...]
     size: tuple[int, int]
     announced: int
+    promised_s: float
     repeated: int
     origin: str
 
@@ -82,6 +83,7 @@ def _index(path: Path, size: int, changed: int) -> VideoIndex:
             stamps, count, repeated = _stamps(container, stream)
             base, rate = stream.time_base, stream.guessed_rate or stream.average_rate
             announced, codec = stream.frames, stream.codec_context.name
+            promised_s = (container.duration or 0) / 1e6
     except av.error.FFmpegError as error:
         raise ReconError(f"{path}: no video that can be read: {error}", _REMEDY) from error
     keyed = dict(sorted(stamps))
@@ -94,7 +96,7 @@ def _index(path: Path, size: int, changed: int) -> VideoIndex:
         raise ReconError(
             f"{path}: has neither time stamps nor a frame rate", "give source.timestamps, or remux the file"
         )
-    return VideoIndex(path, codec, times, pts, keys, first, announced, repeated, origin)
+    return VideoIndex(path, codec, times, pts, keys, first, announced, promised_s, repeated, origin)
 
 
 def frames(index: VideoIndex, wanted: Sequence[int]) -> Iterator[tuple[int, Image | str]]:

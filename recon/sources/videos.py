@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PAUSE, PAUSE_S, PAUSES_TOLD = 4.0, 0.3, 5
+"""A pause lasts longer than this many frame periods and seconds; so many of a camera are told one by one."""
+FROZEN_TOLD = 5
+"""Equal frames in a row after which a recording is said to be frozen."""
+
 
 @dataclass
 class Videos(Recording):
@@ -169,6 +174,8 @@ class Videos(Recording):
                     look = watches[camera].look(found.image) if isinstance(found, View) else found
                     if isinstance(found, View) and look != "black":
                         states[camera].frozen += look == "frozen"
+                        if watches[camera].repeats == FROZEN_TOLD:
+                            states[camera].event(f"frozen: {FROZEN_TOLD} equal frames in a row", number)
                         views.append(found)
                     else:
                         states[camera].lose(look, number)
@@ -195,19 +202,8 @@ class Videos(Recording):
         last = max(float(np.nanmax(times)) for times in timeline.times.values())
         self._states = {camera: CameraState(camera) for camera in indices}
         for camera, state in self._states.items():
-            index, times = indices[camera], timeline.times[camera]
-            rate = _rate(times)
-            state.facts = {
-                "file": index.path.name, "frames": len(index), "size": list(index.size), "codec": index.codec,
-                "times_from": timeline.origin[camera], **rate, **timeline.notes.get(camera, {}),
-            }  # fmt: skip
-            if index.repeated:
-                state.lose("time stamp stands twice", None, index.repeated)
-            if index.announced > len(index) + index.repeated:
-                state.lose("file is cut off", len(index), index.announced - len(index) - index.repeated)
-            end = float(np.nanmax(times))
-            if last - end > max(2 * rate["period_ms_p50"], self.max_skew_ms) / 1e3:
-                state.event(f"ends {last - end:.3f} s before the last camera", end)
+            _examine(state, indices[camera], timeline.times[camera], last, self.max_skew_ms)
+            state.facts |= {"times_from": timeline.origin[camera], **timeline.notes.get(camera, {})}
         return self._states
 
     def _spans(self) -> str:
@@ -265,9 +261,29 @@ def _views(
             yield number, calibration.view(camera, number, image, time_s=float(times[number]))
 
 
-def _rate(times: np.ndarray) -> dict[str, float]:
-    """Frame period of one camera: median, longest, and how uneven it is."""
-    steps = 1e3 * np.diff(times[np.isfinite(times)])
-    if not len(steps):
-        return {"period_ms_p50": 0.0, "period_ms_max": 0.0}
-    return {"period_ms_p50": round(float(np.median(steps)), 3), "period_ms_max": round(float(steps.max()), 3)}
+def _examine(state: CameraState, index: VideoIndex, times: np.ndarray, last: float, bound_ms: float) -> None:
+    """What a file and its times say without decoding: size and rate, frames that are not there, pauses, early end.
+
+    last: time of the last frame of any camera.
+    """
+    known = times[np.isfinite(times)]
+    steps = np.diff(known) if len(known) > 1 else np.zeros(1)
+    period = float(np.median(steps))
+    state.facts = {
+        "file": index.path.name, "frames": len(index), "size": list(index.size), "codec": index.codec,
+        "period_ms_p50": round(1e3 * period, 3), "period_ms_max": round(1e3 * float(steps.max()), 3),
+    }  # fmt: skip
+    if index.repeated:
+        state.lose("time stamp stands twice", None, index.repeated)
+    there = len(index) + index.repeated
+    if index.announced > there:
+        state.lose("file is cut off", len(index), index.announced - there)
+    played = float(index.times[-1] - index.times[0])
+    if not index.announced and index.promised_s - played > max(PAUSE * period, PAUSE_S):
+        state.event(f"the file promises {index.promised_s:.3f} s, {played:.3f} s can be read", played)
+    pauses = np.flatnonzero(steps > max(PAUSE * period, PAUSE_S))
+    state.facts["pauses"] = len(pauses)
+    for pause in pauses[:PAUSES_TOLD]:
+        state.event(f"no frame for {steps[pause]:.3f} s", round(float(known[pause]), 6))
+    if last - known[-1] > max(2 * period, bound_ms / 1e3):
+        state.event(f"ends {last - known[-1]:.3f} s before the last camera", float(known[-1]))
