@@ -21,6 +21,8 @@ PACKAGES = {
     "transformers": "Depth Anything V2",
     "open3d": "fusion=tsdf, mesh evaluation",
     "mlflow": "tracking=mlflow; tracking=none works without",
+    "rerun-sdk": "viewer=rerun",
+    "av": "stages=[depth]: its videos",
     "hydra-joblib-launcher": "parallel sweeps with hydra/launcher=joblib",
     "tensorrt": "engine=tensorrt",
     "tensorrt-rtx": "engine=tensorrt with portable plans",

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recon.artifact import seal
-from recon.config import option
+from recon.config import Config, check, option
 from recon.errors import ReconError
 from recon.geometry.cameras import transform, unproject
 from recon.geometry.ply import write_points
@@ -20,7 +21,9 @@ from recon.handover.gaussians import SH_C0, neighbour_distance, rotations_to
 from recon.keyframes import KeyframeWriter, camera_of, read_keyframes, require_complete
 from recon.models.recorded import Recorded
 from recon.optional import open3d
-from recon.options import HandoverOptions
+from recon.options import DepthVideoOptions, HandoverOptions
+from recon.pipeline import Run, finish, run
+from recon.store import Store
 
 SHIFT = np.array([2.25, -3.5])  # of the principal point: a centre that is wrong by half a pixel must show
 
@@ -55,6 +58,14 @@ def handed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[View], 
     views, origin = recorded_run(folder)
     hand_over(folder, folder, HandoverOptions())
     return folder / "handover", views, origin
+
+
+def ran(settings: Config, folder: Path) -> Run:
+    folder.mkdir()
+    state = Run(settings, folder, Store(settings))
+    run(state)
+    finish(state)
+    return state
 
 
 def read(folder: Path, form: str):
@@ -273,6 +284,47 @@ def test_damaged_and_foreign_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ReconError, match="has no keyframes"):
         hand_over(tmp_path, tmp_path, HandoverOptions())
     assert not (tmp_path / "handover").exists()
+
+
+def test_stages_of_the_pipeline(tmp_path: Path) -> None:
+    """reconstruct and handover in one run with a recording of it; then a second run that hands over the first."""
+    config = Config(
+        model=option("model", "recorded"),
+        depth=option("depth", "recorded"),
+        engine=option("engine", "torch"),
+        quant_mode=option("quant_mode", "none"),
+        precision=option("precision", "fp32"),
+        source=replace(option("source", "synthetic"), width=96, height=72, steps=2, moving=0, count=2),
+        fusion=replace(option("fusion", "tsdf"), voxel=0.06),
+        tracking=option("tracking", "none"),
+        stages=["depth", "reconstruct", "handover", "evaluate", "report"],
+        depth_video=DepthVideoOptions(width=64),
+        viewer="rerun" if find_spec("rerun") else "none",
+        output=str(tmp_path),
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    check(config)
+    state = ran(config, first)
+    assert [row.stage for row in state.rows] == ["depth", "reconstruct", "handover", "evaluate", "report"]
+    sealed = json.loads((first / "manifest.json").read_text())["files"]
+    wanted = {"handover/sparse/0/points3D.bin", "handover/transforms.json", "handover/gaussians.ply"}
+    wanted |= {"keyframes/cameras.json", "overview.png", "depth_video/all.mp4"}
+    assert wanted <= sealed.keys()
+    assert ("recon.rrd" in sealed) == (config.viewer == "rerun")
+    metrics = json.loads((first / "metrics.json").read_text())
+    assert metrics["handover"]["unit"] == "m"
+    assert metrics["handover"]["images"] == 2
+    assert metrics["depth"]["frames_seen"] == 6
+    assert metrics["evaluation"]["map_alignment"].startswith("none")
+    again = replace(config, stages=["handover"], viewer="none", handover=HandoverOptions(run=str(first)))
+    check(again)
+    ran(again, second)
+    names = {path.relative_to(first) for path in (first / "handover").rglob("*.bin")}
+    assert {path.relative_to(second) for path in (second / "handover").rglob("*.bin")} == names
+    for name in names:
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    with pytest.raises(ReconError, match="no run to hand over"):
+        check(replace(config, stages=["handover"], viewer="none"))
 
 
 @pytest.mark.parametrize("change", [{"opacity": 1.0}, {"flatness": 0.0}, {"sh_degree": 4}, {"max_points": 3}])
