@@ -271,11 +271,6 @@ def _quantised(
 ) -> QuantizedWeight:
     if not bool(weight.isfinite().all()):
         raise ReconError(f"layer {info.path}: its weights are not finite", "check the network's weights")
-    if not bool(weight.any()):
-        raise ReconError(
-            f"layer {info.path}: all its weights are zero, and no format has a scale for that",
-            f"check the network's weights, or quant_mode.keep=[{info.path}]",
-        )
     found = tool.quantise(weight.float(), info)
     assert found.format == wanted, f"{info.path}: {tool.name} gave {found.format}, {wanted} was agreed"
     if not bool(found.dequantised().isfinite().all()):

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from recon.errors import ReconError
@@ -52,20 +52,22 @@ class ModelOpt(QuantMode):
         return ""
 
     def quantise(self, weight: torch.Tensor, layer: LayerInfo) -> QuantizedWeight:
+        import torch
+
+        if not bool(weight.any()):  # ModelOpt divides by their largest value; zeros are zeros with any scale
+            found = self.quantise(torch.ones_like(weight), layer)
+            return replace(found, codes=torch.zeros_like(found.codes))
+        made = self.layer_format_of(layer)
         with _quiet():
             from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
-            if self.format == "fp8":
+            if made.weight == "fp8":
                 quantised, scale = FP8QTensor.quantize(weight)
-                return QuantizedWeight(self.layer_format_of(layer), quantised._quantized_data, scale.float())
+                return QuantizedWeight(made, quantised._quantized_data, scale.float())
             quantised, block_scale, factor = NVFP4QTensor.quantize(weight.clone(), NVFP4_BLOCK)  # works in place
-            return QuantizedWeight(
-                self.layer_format_of(layer),
-                _unpacked(quantised._quantized_data),
-                factor.float(),
-                codebook=NVFP4QTensor.get_e2m1_values(weight.device).float(),
-                block_scale=block_scale,
-            )
+            values = NVFP4QTensor.get_e2m1_values(weight.device).float()
+        codes = _unpacked(quantised._quantized_data)
+        return QuantizedWeight(made, codes, factor.float(), codebook=values, block_scale=block_scale)
 
 
 def _unpacked(packed: torch.Tensor) -> torch.Tensor:
