@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from video_files import even, numbered, spoil, write_video
 
 from recon.config import Config, option
@@ -78,3 +82,32 @@ def test_a_run_from_cameras_with_black_pictures_goes_on(tmp_path: Path) -> None:
     assert [event["what"] for event in right["events"]][-1] == "is back (was black)"
     assert {row["camera"] for row in metrics["frames"]} == {"left", "right"}
     assert metrics["source"]["cameras"]["left"]["delivered"] == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["source=webcams", "source.devices=[front=97]"], "camera front: 97 cannot be opened"),
+        (["source=videos", "source.path=v"], "left.mp4: no video that can be read"),
+        (["source=videos", "source.path=v", "source.views=[right]", "source.rig=v/right.mp4"], "no rig file"),
+        (
+            ["source=videos", "source.path=v", "source.views=[right]", "source.timestamps=t.csv"],
+            "t.csv: cannot be read",
+        ),
+    ],
+)
+def test_bad_sources_end_the_command_with_one_message(tmp_path: Path, words: list[str], message: str) -> None:
+    write_video(tmp_path / "v" / "right.mp4", even(3))
+    (tmp_path / "v" / "left.mp4").write_bytes((tmp_path / "v" / "right.mp4").read_bytes()[:4000])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "recon", *words, "model=vggt-twin", "depth=da2-twin", "tracking=none"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment, check=False,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    assert "Traceback" not in text
+    assert text.count("error:") == 1
+    assert message in text
+    assert "remedy:" in text
+    assert not list(tmp_path.rglob("*.onnx"))  # before any work

@@ -89,7 +89,7 @@ def test_csv_may_name_files(tmp_path: Path) -> None:
         (["camera,time_s", "a,zero"], "line 2: could not convert"),
         (["camera,time_s", "a,0", "a,nan"], "line 3: time nan"),
         (["camera,time_s", "a"], "line 2"),
-        (["camera,frame,time_s", "a,9,1"], "none of the 1 rows of camera 'a' is for one of its 3 frames"),
+        (["camera,frame,time_s", "a,9,1"], "none of the 1 rows of camera 'a' is for one of 3 frames"),
         (["camera,time_s", "b,1"], "has no rows for camera 'a'"),
     ],
 )

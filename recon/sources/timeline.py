@@ -105,7 +105,7 @@ def assign(rows: dict[str, list[Row]], frames: dict[str, list[str]], where: str)
         timeline.times[camera], timeline.notes[camera] = _clean(numbers, ordered, len(names))
         if np.isnan(timeline.times[camera]).all():
             raise ReconError(
-                f"{where}: none of the {len(rows[key])} rows of camera {camera!r} is for one of its {len(names)} frames",
+                f"{where}: none of the {len(rows[key])} rows of camera {camera!r} is for one of {len(names)} frames",
                 "name frames by number from 0, by file name, or by a common sync_index",
             )
         timeline.origin[camera] = "csv"
