@@ -21,7 +21,8 @@ FULL_COVERAGE = 0.5
 LIMITS: dict[str, tuple[float, float]] = {
     "smooth_scale": (1e-6, 1), "min_coverage": (0, 1), "min_span": (0, math.inf), "min_inlier": (0, 1),
     "max_far": (0, 1), "max_jump": (0, math.inf), "far": (1e-9, math.inf), "pixels": (500, math.inf),
-    "render_width": (32, math.inf), "behind": (1, math.inf), "seed": (0, math.inf),
+    "render_width": (32, math.inf), "behind": (1, math.inf), "moving_frames": (0, math.inf),
+    "moving_tolerance": (1e-6, 1), "seed": (0, math.inf),
 }  # fmt: skip
 JUMP_COVERAGE = 0.4
 """A frame that covers less cannot tell a jump of the scale from a bad fit."""
@@ -54,6 +55,11 @@ class Align:
     behind: float = 1.15
     """Cost of pixels behind the map against those in front. Higher is safer against new objects, and mistakes more what
     has left the scene (where that is 30 % of the image, 1.5 fails on 15 % of the frames and 2 on 70 %)."""
+    moving_frames: int = 5
+    """Depth in front of the map is fused once it has been the same for so many frames, so what moves does not smear;
+    0 fuses everything. For cameras that stand still."""
+    moving_tolerance: float = 0.08
+    """Depths that differ by less than this, relative, are the same; twice the frame's own residual if that is more."""
     seed: int = 0
     per_camera_calib: str | None = None
     """calibration.json of an earlier run to start from; refused unless network, lenses, sizes and unit are the same."""

@@ -21,6 +21,7 @@ from recon.errors import ReconError
 from recon.geometry.views import Array, Bootstrap, DepthImage, PosedDepth, View
 from recon.live.align import Align, AlignResult, CameraAligner
 from recon.live.calibration_file import require_size
+from recon.live.movers import MoverMask
 from recon.live.reader import Batch, Reader
 from recon.live.reference import Reference
 
@@ -58,7 +59,8 @@ class FrameResult:
     """One frame of one camera after the stream dealt with it.
 
     depth: [H,W] aligned, 0 = none; None when rejected. anchored: share of the reference that is the bootstrap's.
-    ms: time in each part; `read` and `latency` (arrival to fused) are those of the frame's batch.
+    moving: share of the image that was not fused because it moves; None where that was not judged. ms: time in each
+    part; `read` and `latency` (arrival to fused) are those of the frame's batch.
     """
 
     view: View
@@ -66,12 +68,13 @@ class FrameResult:
     depth: DepthImage | None
     anchored: float
     ms: dict[str, float]
+    moving: float | None = None
 
     def row(self) -> dict[str, Any]:
         """The frame as it stands in metrics.json."""
         ms = {f"ms_{part}": round(value, 3) for part, value in self.ms.items()}
         who = {"camera": self.view.camera, "frame": self.view.frame}
-        return {**who, **self.align.row(), "anchored": self.anchored, **ms}
+        return {**who, **self.align.row(), "anchored": self.anchored, "moving": self.moving, **ms}
 
 
 @dataclass
@@ -163,14 +166,18 @@ class Streamer:
         rendered, anchored = self.reference.render(view.camera, K, pose, view.size)
         clock.append(time.perf_counter())
         result = aligner.update(predicted.depth, rendered, view.frame)
-        depth = aligner.to_depth(predicted.depth) if result.accepted else None
+        depth, still, moving = None, None, None
+        if result.accepted:
+            residual = float(result.diagnostics.get("resid_p90_pct") or 0.0) / 100
+            depth = aligner.to_depth(predicted.depth)
+            still, moving = self.movers[view.camera].apply(depth, rendered, pose, residual)
         clock.append(time.perf_counter())
-        if depth is not None:
-            self.fused.integrate(PosedDepth(view.camera, view.image, depth, K, pose), batch.step)
+        if still is not None:
+            self.fused.integrate(PosedDepth(view.camera, view.image, still, K, pose), batch.step)
         clock.append(time.perf_counter())
         render, align, fuse = ((after - before) * 1e3 for before, after in pairwise(clock))
         ms |= {"depth": predicted.ms, "render": render, "align": align, "fuse": fuse, "latency": batch.age_ms()}
-        return FrameResult(view, result, depth, anchored, ms)
+        return FrameResult(view, result, depth, anchored, ms, moving)
 
     def _require_size(self, view: View) -> None:
         """Refuse images of another size than the calibration's, which its pair does not fit."""
@@ -210,4 +217,7 @@ class Streamer:
         self.aligners = {
             camera: self.align.aligner(camera, self.depth.type, metric, self.starts.get(camera))
             for camera in self.source.cameras()
+        }
+        self.movers = {
+            camera: MoverMask(self.align.moving_frames, self.align.moving_tolerance) for camera in self.source.cameras()
         }

@@ -1,0 +1,93 @@
+"""Moving things: depth in front of the map that does not stay where it is, is kept out of the map.
+
+A pixel whose depth lies in front of the reference shows something that the bootstrap did not see. If it is a new
+object, the depth there stays the same from frame to frame; if it moves, it does not. So such a pixel is fused only
+once its depth has been the same for some frames. Depth behind the reference is always fused: that is how a map forgets
+what has left. Judged at the resolution of the rendered reference, per pixel, so only for cameras that stand still.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recon.geometry.views import Array, DepthImage
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass
+class MoverMask:
+    """The memory of one camera. frames: equal frames before something new is fused; 0 = everything is.
+
+    tolerance: relative difference of depth below which two depths are the same; it has to exceed the depth network's
+    error, and grows with the residual of the frame's own fit.
+    """
+
+    frames: int
+    tolerance: float
+    _pose: bytes = b""
+    _last: DepthImage = field(default_factory=lambda: np.zeros((0, 0), np.float32), init=False)
+    _stable: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32), init=False)
+
+    def apply(
+        self, depth: DepthImage, reference: DepthImage, T_world_cam: Array, residual: float = 0.0
+    ) -> tuple[DepthImage, float | None]:
+        """(depth with 0 where something moves, share of the image that was taken out).
+
+        depth: [H,W] aligned, 0 = none. reference: [h,w] map as the camera sees it, 0 = none. residual: 90 % quantile of
+        the fit's relative residual. The share is None where nothing was judged: switched off, or the camera moved.
+        """
+        moved = self._pose != T_world_cam.tobytes()
+        self._pose = T_world_cam.tobytes()
+        if not self.frames:
+            return depth, None
+        small = _shrink(depth, reference.shape)
+        if moved or self._last.shape != small.shape:
+            first = self._last.size == 0
+            self._last, self._stable = small, np.zeros(small.shape, np.int32)
+            if not first:
+                return depth, None
+        tolerance = max(self.tolerance, 2 * residual)
+        out = self._judge(small, reference, tolerance)
+        if not out.any():
+            return depth, 0.0
+        return np.where(_enlarge(out, depth.shape), np.float32(0), depth), float(np.mean(out))
+
+    def _judge(self, small: DepthImage, reference: DepthImage, tolerance: float) -> Mask:
+        """Which pixels, at the reference's resolution, are not to be fused; updates the memory."""
+        known = (small > 0) & (reference > 0)
+        front: Mask = known & (small < reference * (1 - tolerance))
+        same = np.abs(small - self._last) <= tolerance * small
+        self._stable = np.where(front, np.where(same, self._stable + 1, 1), 0).astype(np.int32)
+        self._last = small
+        out: Mask = front & (self._stable < self.frames)
+        return _grown(out) & ~(known & (small >= reference * (1 - tolerance / 2)))
+
+
+def _shrink(depth: DepthImage, shape: tuple[int, ...]) -> DepthImage:
+    """The depth at the middle of every pixel of the smaller image."""
+    rows, columns = (_middles(large, small) for large, small in zip(depth.shape, shape, strict=True))
+    found: DepthImage = depth[np.ix_(rows, columns)]
+    return found
+
+
+def _enlarge(mask: Mask, shape: tuple[int, ...]) -> Mask:
+    rows, columns = (np.arange(large) * small // large for large, small in zip(shape, mask.shape, strict=True))
+    found: Mask = mask[np.ix_(rows, columns)]
+    return found
+
+
+def _middles(large: int, small: int) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = ((np.arange(small) + 0.5) * large / small).astype(np.int64)
+    return found
+
+
+def _grown(mask: Mask) -> Mask:
+    """One pixel wider: the edge of a moving thing is blurred into what is behind it."""
+    wide = np.pad(mask, 1)
+    rows = wide[:-2] | wide[1:-1] | wide[2:]
+    found: Mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return found

@@ -1,0 +1,91 @@
+"""What moves is kept out of the map; what has come to stay gets in; what has left is forgotten."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from recon.config import option
+from recon.live import DepthAnythingPool
+from recon.live.align import Align
+from recon.live.movers import MoverMask
+from recon.live.stream import FrameResult, Streamer
+
+WALL = np.full((60, 80), 4.0, np.float32)
+HERE = np.eye(4)
+
+
+def with_box(column: int, depth: float = 2.0) -> np.ndarray:
+    image = np.full((120, 160), 4.0, np.float32)
+    image[40:80, column : column + 30] = depth
+    return image
+
+
+def test_a_thing_that_moves_is_never_fused() -> None:
+    mask = MoverMask(3, 0.08)
+    for step in range(8):
+        still, share = mask.apply(with_box(10 + 14 * step % 110), WALL, HERE)
+        assert still.min() != 2.0
+        assert share is not None
+        assert share > 0.03
+        assert np.mean(still == 4.0) > 0.8
+
+
+def test_a_thing_that_stays_is_fused_after_so_many_frames() -> None:
+    mask = MoverMask(3, 0.08)
+    seen = [bool((mask.apply(with_box(50), WALL, HERE)[0] == 2.0).any()) for _ in range(5)]
+    assert seen == [False, False, True, True, True]
+
+
+def test_noise_does_not_reset_the_count_and_a_thing_leaving_is_fused_at_once() -> None:
+    mask, rng = MoverMask(3, 0.08), np.random.default_rng(0)
+    for _ in range(3):
+        noisy = (with_box(50) * (1 + 0.01 * rng.standard_normal((120, 160)))).astype(np.float32)
+        still, share = mask.apply(noisy, WALL, HERE)
+    assert share == 0.0
+    behind = np.full((120, 160), 4.0, np.float32)
+    still, share = mask.apply(behind, np.full((60, 80), 2.0, np.float32), HERE)
+    assert share == 0.0
+    np.testing.assert_array_equal(still, behind)
+
+
+def test_a_camera_that_moves_is_not_judged() -> None:
+    mask = MoverMask(3, 0.08)
+    mask.apply(with_box(50), WALL, HERE)
+    there = HERE.copy()
+    there[0, 3] = 0.1
+    still, share = mask.apply(with_box(90), WALL, there)
+    assert share is None
+    assert (still == 2.0).any()
+    assert MoverMask(0, 0.08).apply(with_box(50), WALL, HERE)[1] is None
+
+
+@pytest.mark.parametrize("fusion", ["tsdf", "surfel"])
+def test_less_smear_in_the_map(fusion: str) -> None:
+    """Things walk in after the bootstrap. They leave at most half as many points where nothing is."""
+    from scipy.spatial import cKDTree
+
+    source = replace(option("source", "synthetic"), width=160, height=120, steps=10, moving=3)
+    depth = replace(option("depth", "recorded"), distortion=0.0, noise=0.0, bleed=0.0, outliers=0.0)
+    empty = replace(source, moving=0).bootstrap()
+    bootstrap = option("model", "recorded").bootstrap(empty, source.scale(), None)
+    surface = cKDTree(source.surface().points)
+
+    def off_the_surface(found) -> int:
+        return int(np.sum(surface.query(found.points().points)[0] > 0.15))
+
+    left = {}
+    for frames in (0, 5):
+        maps = [replace(option("fusion", fusion), voxel=0.05).create() for _ in range(2)]
+        for view in bootstrap.views:
+            for found in maps:
+                found.integrate(view, 0)
+        before = off_the_surface(maps[0])  # edges of the furniture
+        results: list[FrameResult] = []
+        with DepthAnythingPool(lambda: None, workers=2, predict=depth.predict) as pool:
+            streamer = Streamer(source, depth, pool, bootstrap, *maps, Align(moving_frames=frames))
+            for _ in streamer.run(results.append):
+                pass
+        left[frames] = off_the_surface(maps[0]) - before
+    assert left[0] > 50
+    assert left[5] <= left[0] / 2, left
