@@ -52,7 +52,7 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
         files.append(folder / "overview.png")
         with atomic_file(files[-1]) as temporary:
             inputs, fused = input_rows(config, result), map_row(config, result, metrics.get("evaluation", {}))
-            compose([*inputs, fused]).savefig(temporary, dpi=130)
+            compose([*inputs, fused]).savefig(temporary, dpi=100)
         parts += ["<h2>Map</h2>", _image(compose([fused])), _map_note(metrics)]
         parts += ["<h2>Bootstrap</h2>", _image(compose(inputs))]
         parts += ["<h2>Alignment</h2>", _image(_alignment(draw_alignment, result))]
