@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recon.accuracy import figures
 from recon.artifact import seal, write_atomic
 from recon.config import STAGES, Config
 from recon.errors import ReconError
@@ -109,8 +110,7 @@ def sensitivity(run: Run) -> str:
         run.record.files += [keep, plot]
         run.record.tables[f"sensitivity_{network.name}"] = found.rows()
         run.metrics.setdefault("sensitivity", {})[network.name] = found.rows()
-        share = 1 - found.with_list.score
-        outcomes.append(f"{keep.name}: {len(found.kept)} layers kept take away {100 * share:.0f} % of the error")
+        outcomes.append(f"{keep.name}: {found.verdict(run.config.sensitivity.budget)}")
     return _joined(outcomes, run)
 
 
@@ -121,10 +121,16 @@ def build(run: Run) -> str:
     outcomes = []
     for network in run.store.networks().values():
         artifact = built(run.store, network)
-        outcomes.append(f"{artifact.path.name} {'reused' if artifact.reused else 'built'}")
         facts = artifact.manifest.facts
+        certificate = facts["certificate"]
+        how = "reused" if artifact.reused else "built"
+        outcomes.append(f"{artifact.path.name} {how}, {certificate['verdict']}")
         run.metrics.setdefault("engines", {})[network.name] = {"facts": facts, "effective": artifact.manifest.effective}
-        run.record.metrics[f"engine/{network.name}_size_mb"] = artifact.path.stat().st_size / 1e6
+        run.record.metrics[f"engine/{network.name}_size_mb"] = facts.get("bytes", artifact.path.stat().st_size) / 1e6
+        run.record.metrics[f"certificate/{network.name}_share"] = certificate["share"]
+        accuracy = figures(facts["accuracy"])
+        run.record.metrics |= {f"accuracy/{network.name}_{key}": value for key, value in accuracy.items()}
+        run.record.tags |= {f"verdict/{network.name}": f"{certificate['verdict']}: {certificate['sentence']}"[:500]}
     return _joined(outcomes, run)
 
 

@@ -69,6 +69,15 @@ class Sensitivity:
     origin: str
     shared: int
 
+    def verdict(self, budget: float) -> str:
+        """What the keep-list achieves, in one line."""
+        if not self.kept:
+            least = min(effect.share for effect in self.blocks)
+            return f"empty, the smallest block takes {100 * least:.0f} % and sensitivity.budget is {100 * budget:.0f} %"
+        work = 100 * (self.everything.share - self.with_list.share)
+        left = 100 * self.with_list.score
+        return f"{len(self.kept)} layers kept, {work:.1f} % of the work, leave {left:.0f} % of the error"
+
     def rows(self) -> list[dict[str, Any]]:
         """The table: every block alone, then all of them, then all but the keep-list."""
         effects = [*self.blocks, self.everything, self.with_list]
