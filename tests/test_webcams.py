@@ -77,6 +77,7 @@ def test_limits_steps_and_colour(files: list[str]) -> None:
     assert np.abs(view.image.astype(int) - numbered(view.frame)).mean() < 25  # RGB, not BGR
     assert len(source) == 3
     assert len(list(source.batches())) == 3
+    assert source.bootstrap()[0] is view  # one session, one beginning
     ended = cameras(files[0], end_s=0.5)
     ended.bootstrap()
     assert max(batch[0].time_s or 0 for batch in ended.batches()) <= 0.5
@@ -219,7 +220,7 @@ def until(batches: Iterator[list[Any]], true: Callable[[set[str]], bool], limit_
     """Read batches until the cameras in one satisfy `true`."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
-        if true({view.camera for view in next(batches)}):
+        if true({view.camera for view in next(batches)}):  # empty where none has a frame
             return
     raise AssertionError("it did not happen in time")
 
@@ -268,14 +269,16 @@ def test_a_covered_camera_does_not_bootstrap(pair: tuple[NetworkCamera, NetworkC
 
 def test_the_stream_ends_when_no_camera_delivers(pair: tuple[NetworkCamera, NetworkCamera]) -> None:
     good, bad = pair
-    source = cameras(f"good={good.url}", f"bad={bad.url}", max_skew_ms=200.0, give_up_s=1.0)
+    source = cameras(f"good={good.url}", f"bad={bad.url}", max_skew_ms=200.0, give_up_s=2.5)
     source.bootstrap()
     batches = source.batches()
     next(batches)
     good.mode = bad.mode = "stalled"
     began = time.monotonic()
-    assert len(list(batches)) < 10
-    assert 0.5 < time.monotonic() - began < 6
+    rest = list(batches)
+    assert len([batch for batch in rest if batch]) < 10
+    assert [] in rest  # a sign of life, so that whoever reads can stop in between
+    assert 2 < time.monotonic() - began < 8
 
 
 def test_a_camera_that_returns_with_another_size_stays_out(pair: tuple[NetworkCamera, NetworkCamera]) -> None:

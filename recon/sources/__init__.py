@@ -71,7 +71,10 @@ class Source(Component):
 
     @abstractmethod
     def batches(self) -> Iterator[list[View]]:
-        """The stream, one list of views per time step, in time order. The bootstrap frames are not repeated."""
+        """The stream, one list of views per time step, in time order. The bootstrap frames are not repeated.
+
+        A list lacks the cameras that have no good frame at that time; of a live source it is empty while none has.
+        """
 
     @abstractmethod
     def __len__(self) -> int:

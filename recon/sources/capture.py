@@ -241,6 +241,10 @@ class LiveRig:
         """Seconds since `start`."""
         return time.monotonic() - self._began
 
+    def ended(self) -> bool:
+        """Whether all were recordings, and have been played."""
+        return all(capture.ended and not capture.ring for capture in self.captures.values())
+
     def close(self) -> None:
         for capture in self.captures.values():
             capture._stop.set()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _DEVICES = re.compile(r"(\+{0,2}source\.devices=)\[(.*)\]", re.DOTALL)
+HEARTBEAT_S = 1.0
+"""While no camera delivers, the stream gives an empty batch this often, so that whoever reads it can stop."""
 _NAMED = re.compile(r"([A-Za-z_][\w.-]*)=(.+)", re.DOTALL)
 
 
@@ -63,6 +65,7 @@ class Webcams(Calibrated):
         self._session = uuid.uuid4().hex
         self._live: LiveRig | None = None
         self._known: Calibration | None = None
+        self._first: list[View] = []
         self._report: dict[str, Any] = {}
 
     def check(self) -> None:
@@ -97,7 +100,13 @@ class Webcams(Calibrated):
         return list(self._devices())
 
     def bootstrap(self) -> list[View]:
-        """Raises ReconError when not all cameras give a picture within `give_up_s`."""
+        """The first pictures of this session, the same at every call.
+
+        Raises:
+            ReconError: not all cameras give a picture within `give_up_s`.
+        """
+        if self._first:
+            return self._first
         rig = self._running()
         limit = self.start_s + self.give_up_s
         while rig.clock() < limit:
@@ -105,7 +114,8 @@ class Webcams(Calibrated):
             if rig.clock() < self.start_s and shots:
                 continue
             if len(shots) == len(rig.captures):
-                return [self._view(name, shot) for name, shot in shots.items()]
+                self._first = [self._view(name, shot) for name, shot in shots.items()]
+                return self._first
             if not shots:
                 break
         states = {name: capture.trouble or "works" for name, capture in rig.captures.items()}
@@ -120,11 +130,16 @@ class Webcams(Calibrated):
         rig = self._running()
         rig.forget()
         step = count = 0
+        silent_since = rig.clock()
         try:
             while not (self.max_batches and count >= self.max_batches):
-                shots = rig.take(self.give_up_s)
-                if not shots:
+                shots = rig.take(min(self.give_up_s, HEARTBEAT_S))
+                if not shots and (rig.ended() or rig.clock() - silent_since >= self.give_up_s):
                     break
+                if not shots:
+                    yield []
+                    continue
+                silent_since = rig.clock()
                 if self.end_s is not None and min(shot.time_s for shot in shots.values()) > self.end_s:
                     break
                 step += 1
@@ -133,7 +148,7 @@ class Webcams(Calibrated):
                     for name in shots:
                         rig.states[name].delivered += 1
                     yield [self._view(name, shot) for name, shot in shots.items()]
-            if not all(capture.ended for capture in rig.captures.values()) and not self._wanted_end(rig, count):
+            if not rig.ended() and not self._wanted_end(rig, count):
                 log.error("no camera delivered for %g s: the stream ends", self.give_up_s)
         finally:
             self._report = rig.report() | {"batches": count}
