@@ -120,9 +120,11 @@ def enforce(options: AccuracyOptions, found: dict[str, Any], name: str) -> None:
 
 def _inputs(config: Config, network: Network, role: str) -> tuple[list[Tensors], dict[str, Any]]:
     count = config.accuracy.batches
-    if config.accuracy.examples:
+    live = config.source.live and config.calibration.path is None  # its frames do not come twice
+    if config.accuracy.examples or live:
         first = 10_000  # seeds that neither export nor benchmarks use
-        return [network.example(first + i) for i in range(count)], {"frames": "examples of the network"}
+        why = f": source={config.source.name} is live" if live else ""
+        return [network.example(first + i) for i in range(count)], {"frames": f"examples of the network{why}"}
     from recon.frames import sample
 
     found = sample(config, network, role, count, skip=config.calibration.batches)

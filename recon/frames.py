@@ -136,6 +136,7 @@ class SourcePool(Pool):
                 f"{origin} has {self.steps * cameras} frames, and the network takes {views} views at once",
                 f"give {views} or more frames with calibration.path or source.path, or fewer model.views",
             )
+        self._joins = cameras < views  # else what one moment leaves over is left out: it belongs to no other
         self._per_step = cameras / views if cameras < views else cameras // views
 
     def take(self, count: int, avoid: Sequence[str]) -> list[Item]:
@@ -165,7 +166,7 @@ class SourcePool(Pool):
             for start in range(0, whole, self.views):
                 group = kept[start : start + self.views]
                 yield Item(tuple(_id(view) for view in group), group)
-            kept = kept[whole:] if len(moment) < self.views else []
+            kept = kept[whole:] if self._joins else []
 
 
 def _joined(source: Source) -> Iterator[list[View]]:
@@ -198,7 +199,8 @@ def _spread(total: int, count: int) -> list[int]:
 
 def _pool(options: CalibrationOptions, source: Source, views: int) -> Pool:
     if options.path is None:
-        if getattr(source, "live", False):
+        source.check()
+        if source.live:
             raise ReconError(
                 f"source={source.name} is live: its frames cannot be looked at again", "give calibration.path=DIR"
             )
