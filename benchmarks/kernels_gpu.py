@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recon.kernels import launch
+from recon.kernels import launch, reference
 from recon.kernels.launch import AttentionTile, LinearTile
 
 RECORD: dict[str, Any] = {}
@@ -137,20 +137,19 @@ def attention(views: int, out: Path) -> None:
                     F.scaled_dot_product_attention(ql, kl, vl, scale=0.6931471805599453)
             note(out, group, backend.name.lower(), library, flop)
         for bounded, m, n, warps, stages in (
-            (True, 128, 64, 4, 3), (True, 128, 64, 4, 2), (True, 128, 64, 4, 4), (True, 128, 128, 4, 2), (True, 128, 32, 4, 4),
-            (True, 64, 128, 4, 2), (True, 64, 64, 4, 3), (True, 64, 64, 4, 4), (True, 128, 64, 8, 3), (False, 64, 64, 4, 3), (False, 64, 64, 4, 4),
-            (False, 64, 128, 4, 2), (False, 128, 64, 8, 3), (False, 128, 32, 4, 4), (False, 64, 32, 4, 4),
+            (True, 128, 64, 4, 3), (True, 64, 128, 4, 2), (False, 64, 64, 4, 4), (False, 64, 128, 4, 2),
         ):  # fmt: skip
             result.fill_(float("nan"))
             call = partial(
-                launch.attention, packed, packed, packed, result, (0, 1024, 2048), 16, bounded=bounded, m=m, n=n, warps=warps,
-                stages=stages,
+                launch.attention, packed, packed, packed, result, (0, 1024, 2048), 16, bounded=bounded, m=m, n=n,
+                warps=warps, stages=stages,
             )  # fmt: skip
-            note(out, group, f"triton {'bounded' if bounded else 'running'} {m}/{n}/{warps}/{stages}", call, flop, error=error)
+            form = "bounded" if bounded else "running"
+            note(out, group, f"triton {form} {m}/{n}/{warps}/{stages}", call, flop, error=error)
         for tile in (
-            AttentionTile(mixed=False), AttentionTile(mixed=False, stages=3), AttentionTile(mixed=False, stages=4),
-            AttentionTile(groups=2, registers=232, mixed=False, stages=3), AttentionTile(128, 64, 2, 4, 232, False),
-            AttentionTile(n=64, stages=4, mixed=False), AttentionTile(n=128, groups=1, registers=240, mixed=False, stages=3), AttentionTile(stages=3),
+            AttentionTile(), AttentionTile(turns=True), AttentionTile(late=True), AttentionTile(turns=True, late=True),
+            AttentionTile(groups=2, registers=232, turns=True), AttentionTile(n=64, stages=4),
+            AttentionTile(n=64, stages=5, turns=True, late=True), AttentionTile(128, 64, 2, 4, 232, turns=True),
         ):  # fmt: skip
             result.fill_(float("nan"))
             call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 1024, 2048), 16, tile)
@@ -158,26 +157,39 @@ def attention(views: int, out: Path) -> None:
 
 
 def rows(views: int, out: Path) -> None:
-    m, group = 1374 * views, f"rows {1374 * views}"
+    """Row-wise kernels and the enlargement, against what the memory allows."""
+    m, group, low, eight = 1374 * views, f"rows {1374 * views}", torch.bfloat16, torch.float8_e4m3fn
     x, w, b = torch.randn(m, 1024, device="cuda"), torch.randn(1024, device="cuda"), torch.randn(1024, device="cuda")
-    wanted = F.layer_norm(x, (1024,), w, b, 1e-5)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        y = torch.empty(m, 1024, device="cuda", dtype=dtype)
-        note(out, group, f"layer_norm {dtype}", lambda y=y: launch.layer_norm(x, w, b, 1e-5, y), 0, m * 1024 * (4 + y.itemsize), lambda y=y: rel(y.float(), wanted))
-        change = torch.zeros(m, 1024, device="cuda", dtype=torch.bfloat16)
-        note(out, group, f"add_layer_norm {dtype}", lambda y=y: launch.add_layer_norm(x, change, w, b, 1e-5, y), 0, m * 1024 * (10 + y.itemsize), lambda y=y: rel(y.float(), wanted))
-    qkv = torch.randn(m, 3072, device="cuda", dtype=torch.bfloat16)
-    weights, biases = torch.randn(2, 64, device="cuda"), torch.randn(2, 64, device="cuda")
-    angle = torch.rand(1374, 32, device="cuda") * 6
-    qk = torch.empty(m, 2048, device="cuda", dtype=torch.bfloat16)
-    normed = F.layer_norm(qkv[:, :2048].float().view(views, 1374, 2, 16, 64), (64,), eps=1e-5) * weights[:, None] + biases[:, None]
-    c, s, (p, r) = angle.cos()[:, None, None], angle.sin()[:, None, None], normed.chunk(2, -1)
-    turned = torch.cat([p * c - r * s, r * c + p * s], -1).reshape(m, 2048)
-    note(out, group, "qk_norm_rotate", lambda: launch.qk_norm_rotate(qkv, weights, biases, angle.cos(), angle.sin(), qk, 16, 1e-5), 0, m * 2048 * 4, lambda: rel(qk.float(), turned))
-    h = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        y = torch.empty(m, 4096, device="cuda", dtype=dtype)
-        note(out, group, f"gelu {dtype}", lambda y=y: launch.gelu(h, y), 0, m * 4096 * (2 + y.itemsize), lambda y=y: rel(y.float(), F.gelu(h.float())))
+    wanted, change = F.layer_norm(x, (1024,), w, b, 1e-5), torch.zeros(m, 1024, device="cuda", dtype=low)
+    qkv, h = torch.randn(m, 3072, device="cuda", dtype=low), torch.randn(m, 4096, device="cuda", dtype=low)
+    for dtype in (low, eight):
+        y, z = torch.empty(m, 1024, device="cuda", dtype=dtype), torch.empty(m, 4096, device="cuda", dtype=dtype)
+        calls: list[tuple[str, Callable[[], None], int, Callable[[], float]]] = [
+            ("layer_norm", partial(launch.layer_norm, x, w, b, 1e-5, y), m * 1024 * (4 + y.itemsize),
+             lambda y=y: rel(y.float(), wanted)),
+            ("add_layer_norm", partial(launch.add_layer_norm, x, change, w, b, 1e-5, y), m * 1024 * (10 + y.itemsize),
+             lambda y=y: rel(y.float(), wanted)),
+            ("gelu", partial(launch.gelu, h, z), m * 4096 * (2 + z.itemsize), lambda z=z: rel(z.float(), F.gelu(h.float()))),
+        ]  # fmt: skip
+        for name, call, data, error in calls:
+            note(out, group, f"{name} {dtype}", call, 0, data, error)
+    weights, biases, angle = torch.randn(2, 64).cuda(), torch.randn(2, 64).cuda(), torch.rand(1374, 32).cuda() * 6
+    qk, tables = torch.empty(m, 2048, device="cuda", dtype=low), (angle.cos(), angle.sin())
+    turned = reference.qk_norm_rotate(qkv, weights, biases, *tables, 16, 1e-5, 1.0)
+    call = partial(launch.qk_norm_rotate, qkv, weights, biases, *tables, qk, 16, 1e-5)
+    note(out, group, "qk_norm_rotate", call, 0, m * 2048 * 4, lambda: rel(qk, turned))
+    bias, places = torch.randn(128).cuda(), (torch.randn(518, 128).cuda(), torch.randn(518, 128).cuda())
+    image = torch.randn(views, 128, 296, 296, device="cuda", dtype=low).to(memory_format=torch.channels_last)
+    large = torch.empty(views, 128, 518, 518, device="cuda", dtype=low).to(memory_format=torch.channels_last)
+    full = reference.enlarge(image, 518, 518, bias, *places)
+    call = partial(launch.enlarge, image, bias, *places, large)
+    note(out, group, "enlarge 296 to 518, 128 channels", call, 0, 2 * (image.numel() + large.numel()), lambda: rel(large, full))
+    for n, k in ((6144, 2048), (8192, 2048), (2048, 8192)):
+        a, v, c = torch.randn(views, k).cuda(), torch.randn(n, k).cuda() / k**0.5, torch.randn(n).cuda()
+        few = torch.empty(views, n, device="cuda")
+        exact = F.gelu(a.double() @ v.double().T + c.double())
+        call = partial(launch.few_rows, a, v, c, None, few, True)
+        note(out, group, f"few_rows {n}x{k} fp32", call, 0, 4 * n * k, lambda few=few, exact=exact: rel(few, exact))
 
 
 GROUPS = {"linear": linear, "attention": attention, "rows": rows}

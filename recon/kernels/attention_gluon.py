@@ -17,31 +17,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from recon.kernels.attention_triton import EXP2_MIXED
-
 
 @gluon.jit
-def _exp2(x, MIXED: gl.constexpr):
-    if MIXED:
-        return gl.inline_asm_elementwise(EXP2_MIXED, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4)
-    else:
-        return gl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-        )
-
-
-@gluon.jit
-def _weights(s, MIXED: gl.constexpr):
+def _weights(s):
     """Scores to weights and their sums over what one thread holds of each row."""
-    p = _exp2(s, MIXED)
+    p = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1
+    )
     quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
     return p, gl.sum(gl.sum(quads, 3), 1)
 
 
 @gluon.jit
 def _consume(
-    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row, column,
-    sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MIXED: gl.constexpr,
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+    row, column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -57,24 +48,31 @@ def _consume(
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0), count=1)
-    weights, sums = _weights(s, MIXED)
+    weights, sums = _weights(s)
     p = gl.convert_layout(weights.to(dtype), p_layout)
     acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
     for j in range(1, steps):
         slot = j % STAGES
         mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
-        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
-        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
         last = (j - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((j - 1) // STAGES) & 1)
+        if TURNS:  # one group's exponentials run beside the others' products
+            mbarrier.wait(turns.index(index), ((j - 1) & 1) ^ (index == 0))
+        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
+        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
         product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+        if TURNS:
+            mbarrier.arrive(turns.index((index + 1) % GROUPS), count=1)
         s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_free.index(slot), count=1)
-        weights, more = _weights(s, MIXED)
+        if not LATE:
+            mbarrier.arrive(k_free.index(slot), count=1)
+        weights, more = _weights(s)
         sums += more
         # The product reads its weights from registers: they have to stay until it is done.
         acc, p = warpgroup_mma_wait(0, deps=[product, p])
         mbarrier.arrive(v_free.index(last), count=1)
+        if LATE:
+            mbarrier.arrive(k_free.index(slot), count=1)
         p = gl.convert_layout(weights.to(dtype), p_layout)
     last = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
@@ -117,22 +115,26 @@ def _produce(
 @gluon.jit
 def bounded_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, MIXED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TURNS: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """One tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3 (the first has num_warps=4)."""
     row = gl.program_id(0) * (ROWS * GROUPS)
     column = gl.program_id(1) * 64
     sequence = gl.program_id(2)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS] + q_desc.block_type.shape, q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    o_smem = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, ROWS, 64], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 64], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 64], v_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [GROUPS, 1, ROWS, 64], o_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -143,16 +145,16 @@ def bounded_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
                 )),
                 (_consume, (
-                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
@@ -161,16 +163,16 @@ def bounded_attention_kernel(
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )
-    elif GROUPS == 2:
+    else:
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
@@ -178,19 +180,5 @@ def bounded_attention_kernel(
                 )),
             ],
             [4, 1], [REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, MIXED,
-                )),
-                (_produce, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
-                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
-                )),
-            ],
-            [1], [24],
         )
     # fmt: on

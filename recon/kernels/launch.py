@@ -12,7 +12,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from recon.kernels import attention_gluon, attention_triton, linear_triton, pointwise_triton
+from recon.kernels import (
+    attention_gluon,
+    attention_triton,
+    image_triton,
+    linear_triton,
+    pointwise_triton,
+    small_triton,
+)
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
@@ -38,9 +45,10 @@ class AttentionTile:
     rows: int = 64
     n: int = 128
     groups: int = 3
-    stages: int = 2
+    stages: int = 3
     registers: int = 160
-    mixed: bool = True
+    turns: bool = False
+    late: bool = False
 
 
 def linear(
@@ -60,7 +68,7 @@ def linear(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, *, bounded: bool,
-    m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, mixed: bool = False, out_scale: float = 1.0,
+    m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """q, k, v: [sequences, tokens, columns] views of the given first columns; out [sequences, tokens, heads * 64]."""
     sequences, tokens = q.shape[:2]
@@ -70,7 +78,7 @@ def attention(
 
     attention_triton.attention_kernel[(triton.cdiv(tokens, m), heads, sequences)](
         described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale,
-        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, MIXED=mixed, STAGES=stages, num_warps=warps, num_stages=stages,
+        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -89,7 +97,7 @@ def specialised_attention(
         described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
         tokens, *columns, out_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages, GROUPS=tile.groups,
-        REGISTERS=tile.registers, MIXED=tile.mixed, num_warps=4,
+        REGISTERS=tile.registers, TURNS=tile.turns, LATE=tile.late, num_warps=4,
     )  # fmt: skip
 
 
@@ -144,9 +152,47 @@ def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
     sequences, tokens = q.shape[:2]
-    few = sequences * heads * triton.cdiv(tokens, 128) < 2 * 132 * 2
-    m, n = (64, 128 if bounded else 64) if few or not bounded else (128, 64)
-    attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=m, n=n, stages=2 if n == 128 else 3, out_scale=out_scale)
+    few = sequences * heads * triton.cdiv(tokens, 128) < 4 * 132
+    if bounded and tokens >= 4096:
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, out_scale)
+    elif few:
+        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=2, out_scale=out_scale)
+    else:
+        m, stages = (128, 3) if bounded else (64, 4)
+        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=m, n=64, stages=stages, out_scale=out_scale)
 
 
 WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)
+
+
+def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None, out: Tensor) -> None:
+    """x [n,C,h,w] -> out [n,C,H,W], both channels last; bias [C], across [W,C], down [H,C] FP32."""
+    images, channels, h, w = x.shape
+    height, width = out.shape[2:]
+    padded = triton.next_power_of_2(channels)
+    columns = max(1, 4096 // padded)
+    image_triton.enlarge_kernel[(triton.cdiv(width, columns), height, images)](
+        x, bias, across if across is not None else bias, down if down is not None else bias, out, h, w, height, width,
+        (h - 1) / max(height - 1, 1), (w - 1) / max(width - 1, 1), C=channels, PADDED=padded, COLUMNS=columns,
+        PLACED=across is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None, out: Tensor, gelu: bool) -> None:
+    """a [rows <= 8, K] x weight [N,K]^T, FP32; N % 8 == 0, K % 256 == 0."""
+    (rows, k), n = a.shape, weight.shape[0]
+    padded = triton.next_power_of_2(rows)
+    block_n, block_k, warps = (4, 512, 4) if padded <= 2 else (8, 256, 8)
+    small_triton.few_rows_kernel[(n // block_n,)](
+        a, weight, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
+        BLOCK_N=block_n, BLOCK_K=block_k, GELU=gelu, ADD=addend is not None, num_warps=warps,
+    )  # fmt: skip
+
+
+def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
+    """qkv [rows <= 8, 3*C] FP32 with scaled queries -> out [rows, C]."""
+    rows, width = out.shape
+    small_triton.few_tokens_attention_kernel[(heads,)](
+        qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4
+    )
+LONG = AttentionTile()

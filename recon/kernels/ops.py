@@ -98,6 +98,50 @@ def linear_gelu(
     return out
 
 
+@torch.library.custom_op("recon::enlarge", mutates_args=())
+def enlarge(
+    x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None = None, down: Tensor | None = None
+) -> Tensor:
+    """x [n,C,h,w] -> bilinear [n,C,height,width] channels last, + bias + position map; one operator
+    to torch.compile."""
+    if not x.is_cuda:
+        return reference.enlarge(x, height, width, bias, across, down)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = _enlarged(x, height, width)
+    _launch().enlarge(x, bias, across, down, out)
+    return out
+
+
+@enlarge.register_fake
+def _(
+    x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None = None, down: Tensor | None = None
+) -> Tensor:
+    return _enlarged(x, height, width)
+
+
+def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """FP32 product of at most 8 rows, which costs what reading the weight costs; GELU, then addend."""
+    if not a.is_cuda:
+        return reference.few_rows(a, weight, bias, addend, gelu)
+    out = a.new_empty(a.shape[0], weight.shape[0])
+    _launch().few_rows(a, weight, bias, addend, out, gelu)
+    return out
+
+
+def few_tokens_attention(qkv: Tensor, heads: int) -> Tensor:
+    """FP32 attention over at most 8 tokens: qkv [rows, 3C], queries scaled -> [rows, C]."""
+    if not qkv.is_cuda:
+        return reference.few_tokens_attention(qkv, heads)
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    _launch().few_tokens_attention(qkv, out, heads)
+    return out
+
+
+def _enlarged(x: Tensor, height: int, width: int) -> Tensor:
+    shape = (x.shape[0], x.shape[1], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _require_head(width: int, heads: int) -> None:
     if width != heads * HEAD:
         raise ReconError(

@@ -65,3 +65,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, s
     q, k, v = (part.float().reshape(sequences, tokens, heads, -1).transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
     return cast(out.transpose(1, 2).reshape(sequences, tokens, width), dtype, scale)
+
+
+def enlarge(x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None, down: Tensor | None) -> Tensor:
+    """x [n,C,h,w] bilinear to [n,C,height,width], corners on corners, + bias [C] (+ across [width,C] + down [height,C]).
+
+    Arithmetic in FP32, result in x's dtype, channels last.
+    """
+    value = F.interpolate(x.float(), (height, width), mode="bilinear", align_corners=True) + bias[:, None, None]
+    if across is not None and down is not None:
+        value = value + across.t()[:, None, :] + down.t()[:, :, None]
+    return value.to(x.dtype, memory_format=torch.channels_last)
+
+
+def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None, gelu: bool) -> Tensor:
+    """a [rows,K] x weight [N,K]^T + bias, then exact GELU, then + addend; FP32."""
+    value = F.linear(a, weight, bias)
+    value = F.gelu(value) if gelu else value
+    return value if addend is None else value + addend
+
+
+def few_tokens_attention(qkv: Tensor, heads: int) -> Tensor:
+    """qkv [rows, 3C] FP32, queries scaled, one sequence -> [rows, C]."""
+    q, k, v = (part.reshape(1, qkv.shape[0], heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(qkv.shape[0], -1)

@@ -7,7 +7,10 @@ FP32 stay the residual stream, every norm, rotation and softmax, all accumulatio
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,12 @@ from recon.kernels import ops
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, observe
 from recon.models.nets.aggregator import Aggregator
 from recon.models.nets.blocks import Block
-from recon.models.nets.dpt import DPTHead, enlarge
+from recon.models.nets.dpt import DPTHead
+from recon.models.nets.fast_camera import FastCamera
 from recon.models.nets.vggt import HEADS, VGGT
 
 FRAMES_AT_ONCE = 8  # of a dense head: frames are independent there, so more would only cost memory
+EARLY_FRAMES = 2  # up to this many, a dense head starts beside the trunk
 
 
 @dataclass(frozen=True)
@@ -50,27 +55,38 @@ class FastVGGT(nn.Module):
         self.policy, self.parts = policy, network.parts
         self.encoder = FastEncoder(network.aggregator, policy.dtype)
         self.trunk = FastTrunk(network.aggregator, policy.dtype)
-        self.camera_head = copy.deepcopy(network.camera_head) if "camera" in self.parts else None
+        self.camera_head = FastCamera(network.camera_head) if "camera" in self.parts else None
         dense = [part for part in self.parts if part in ("depth", "points")]
-        self.dense = nn.ModuleDict({part: FastDense(getattr(network, HEADS[part]), policy) for part in dense})
-        self._side: torch.cuda.Stream | None = None
+        self.dense = nn.ModuleDict({part: FastDense(getattr(network, HEADS[part]), policy, network.specials) for part in dense})
+        self._sides: dict[str, torch.cuda.Stream] = {}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As `VGGT.forward`: images [S,3,H,W] FP32 in 0..1 -> the outputs of the parts, FP32."""
-        x = self.encoder(images)
-        taps, cameras = self.trunk(x, {part: head.norm for part, head in self.dense.items()})
+        """As `VGGT.forward`: images [S,3,H,W] FP32 in 0..1 -> the outputs of the parts, FP32.
+
+        On CUDA the camera head runs beside the dense heads on a stream of its own, and for few frames, which do not
+        fill the card, so does what a dense head can do before the last tap is there.
+        """
+        early = images.is_cuda and images.shape[0] <= EARLY_FRAMES
+        levels: dict[str, list[Tensor]] = {part: [] for part in self.dense}
+        kept: list[Tensor] = []  # tensors that another stream reads: freed after the streams have met again
+
+        def tapped(local: Tensor, x: Tensor) -> None:
+            for part, head in self.dense.items():
+                tap = head.tap(local, x)  # type: ignore[operator]
+                kept.append(tap)
+                with self._beside("dense", early):
+                    levels[part].append(head.level(len(levels[part]), tap) if early else tap)  # type: ignore[operator]
+
+        cameras = self.trunk(self.encoder(images), tapped)
         outputs: list[Tensor] = []
         if self.camera_head is not None:
-            outputs.append(self._aside(cameras) if images.is_cuda else self.camera_head(cameras))
-        if "depth" in self.dense:
-            dense = self.dense["depth"](taps["depth"])
-            outputs += [dense[0], dense[1]]
-        if "points" in self.dense:
-            points, confidence = self.dense["points"](taps["points"])
-            outputs += [points, confidence]
-        if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
+            with self._beside("camera", images.is_cuda):
+                outputs.append(self.camera_head(cameras))
+        self._join("dense")
+        for part, head in self.dense.items():
+            outputs += head.fuse(levels[part]) if early else head(levels[part])  # type: ignore[operator]
+        self._join("camera")
         return tuple(outputs)
 
     def blocks(self) -> list[FastBlock]:
@@ -89,15 +105,17 @@ class FastVGGT(nn.Module):
             for product in block.products():
                 product.quantise()
 
-    def _aside(self, cameras: Tensor) -> Tensor:
-        """The camera head on a second stream: 130 small launches that leave room for the dense heads beside them."""
-        assert self.camera_head is not None
-        self._side = self._side or torch.cuda.Stream()
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            pose: Tensor = self.camera_head(cameras)
-        pose.record_stream(torch.cuda.current_stream())
-        return pose
+    def _beside(self, name: str, on: bool) -> AbstractContextManager[Any]:
+        """A second stream that goes on from where the current one is."""
+        if not on:
+            return nullcontext()
+        side = self._sides.setdefault(name, torch.cuda.Stream())
+        side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(side)
+
+    def _join(self, name: str) -> None:
+        if name in self._sides:
+            torch.cuda.current_stream().wait_stream(self._sides[name])
 
 
 class FastEncoder(nn.Module):
@@ -156,17 +174,16 @@ class FastTrunk(nn.Module):
 
     def __init__(self, aggregator: Aggregator, dtype: torch.dtype) -> None:
         super().__init__()
-        self.taps, self.specials, self.dtype = aggregator.config.taps, 1 + aggregator.config.registers, dtype
+        self.taps = aggregator.config.taps
         pairs = zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
         self.blocks = nn.ModuleList(FastBlock(block_weights(b), dtype) for pair in pairs for b in pair)  # type: ignore[arg-type]
         self.register_buffer("cos", aggregator.cos[:, 0].detach().clone(), persistent=False)
         self.register_buffer("sin", aggregator.sin[:, 0].detach().clone(), persistent=False)
 
-    def forward(self, x: Tensor, norms: dict[str, nn.LayerNorm]) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """x [S,N,C] FP32, overwritten -> per dense head its four normalised taps [S,P,2C] low; camera tokens [S,2C]."""
+    def forward(self, x: Tensor, tapped: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """x [S,N,C] FP32, overwritten; `tapped` gets frame and global tokens of each tap -> camera tokens [S,2C]."""
         frames, rows = x.shape[0], x.view(-1, x.shape[-1])
         blocks: list[FastBlock] = list(self.blocks)  # type: ignore[arg-type]
-        taps: dict[str, list[Tensor]] = {part: [] for part in norms}
         normed, local, rotation = blocks[0].norm1(rows), x, (self.cos, self.sin)
         for i, block in enumerate(blocks):
             following = blocks[i + 1].norm1 if i + 1 < len(blocks) else block.norm1  # the last one's is not used
@@ -174,55 +191,80 @@ class FastTrunk(nn.Module):
             if i // 2 in self.taps and i % 2 == 0:
                 local = x.clone()
             elif i // 2 in self.taps:
-                for part, norm in norms.items():
-                    taps[part].append(
-                        ops.joined_layer_norm(local, x, norm.weight, norm.bias, norm.eps, self.dtype, self.specials)
-                    )
-        return taps, torch.cat([local[:, 0], x[:, 0]], -1)
+                tapped(local, x)
+        return torch.cat([local[:, 0], x[:, 0]], -1)
 
 
 class FastDense(nn.Module):
     """A dense head, channels last and low, its last 1x1 convolution and exponentials FP32."""
 
-    def __init__(self, head: DPTHead, policy: Policy) -> None:
+    def __init__(self, head: DPTHead, policy: Policy, specials: int) -> None:
         super().__init__()
         dtype = policy.dtype
         self.norm, self.grid, self.size, self.dtype = copy.deepcopy(head.norm), head.grid, head.size, dtype
+        self.specials = specials
         self.scratch, self.projects = _low(head.scratch, dtype), _low(head.projects, dtype)
         self.resize_layers = _low(head.resize_layers, dtype)
         last = head.scratch.output_conv2[2]
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
-        self.register_buffer("last_weight", last.weight[:, :, 0, 0].detach().float().clone(), persistent=False)
-        self.register_buffer("last_bias", last.bias.detach().float().clone(), persistent=False)
-        for name, value in head.named_buffers():
-            self.register_buffer(name, value.detach().clone(), persistent=False)
-        self._run = torch.compile(self._frames, fullgraph=True, dynamic=False) if policy.compile else self._frames
+        tables = {"last_weight": last.weight[:, :, 0, 0], "last_bias": last.bias}
+        tables |= {name: value for name, value in head.named_buffers() if not name.startswith("full")}
+        tables["full_across"] = head.get_buffer("full_across")[0, :, 0].t().contiguous()
+        tables["full_down"] = head.get_buffer("full_down")[0, :, :, 0].t().contiguous()
+        for name, conv in self.scratch.named_modules():
+            if name.endswith("out_conv") or name == "output_conv1":
+                tables[f"bias_{name.split('.')[0]}"] = conv.bias  # type: ignore[assignment]
+        for name, value in tables.items():
+            self.register_buffer(name, value.detach().float().clone(), persistent=False)
+        self.level, self.fuse = self._level, self._fuse
+        if policy.compile:
+            limit = torch._dynamo.config  # every level and every count of frames is a variant of its own
+            limit.recompile_limit = max(limit.recompile_limit, 64)
+            self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
+            self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
 
     def forward(self, taps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Four normalised taps [S,P,2C] -> depth [S,H,W] or points [S,H,W,3], and the confidence [S,H,W], FP32."""
-        frames = taps[0].shape[0]
-        chunks = [[tap[i : i + FRAMES_AT_ONCE] for tap in taps] for i in range(0, frames, FRAMES_AT_ONCE)]
-        if len(chunks) == 1:
-            return self._run(*taps)  # type: ignore[no-any-return]
-        parts = [self._run(*chunk) for chunk in chunks]
+        """Four taps [S,P,2C] -> depth [S,H,W] or points [S,H,W,3], and the confidence [S,H,W], FP32."""
+        parts = []
+        for start in range(0, taps[0].shape[0], FRAMES_AT_ONCE):
+            chunk = [tap[start : start + FRAMES_AT_ONCE] for tap in taps]
+            parts.append(self.fuse([self.level(i, tap) for i, tap in enumerate(chunk)]))
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _frames(self, *taps: Tensor) -> tuple[Tensor, Tensor]:
-        levels = []
-        for i, tap in enumerate(taps):
-            image = tap.reshape(-1, *self.grid, tap.shape[-1]).permute(0, 3, 1, 2)  # channels last as it lies
-            levels.append(self.resize_layers[i](self._placed(self.projects[i](image), f"level{i}")))
-        x = self._placed(enlarge(self.scratch(levels), self.size), "full")
-        x = F.relu(self.scratch.output_conv2[0](x)).float()
-        dense = [(x * row[:, None, None]).sum(1) + b for row, b in zip(self.last_weight, self.last_bias, strict=True)]
+    def tap(self, local: Tensor, x: Tensor) -> Tensor:
+        """Frame and global tokens [S,N,C] FP32 -> what `_level` takes: patch tokens, side by side, normalised, low."""
+        norm = self.norm
+        return ops.joined_layer_norm(local, x, norm.weight, norm.bias, norm.eps, self.dtype, self.specials)
+
+    def _level(self, index: int, tap: Tensor) -> Tensor:
+        """A tap as far as it goes alone: projected, placed, resized, and through the first unit of its fusion."""
+        image = tap.reshape(-1, *self.grid, tap.shape[-1]).permute(0, 3, 1, 2)  # channels last as it lies
+        x = self.projects[index](image)
+        x = (x + self.get_buffer(f"level{index}_across") + self.get_buffer(f"level{index}_down")).to(self.dtype)
+        x = self.scratch.get_submodule(f"layer{index + 1}_rn")(self.resize_layers[index](x))
+        return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)  # type: ignore[no-any-return, union-attr, operator]
+
+    def _fuse(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        x = levels[3]
+        for i in (3, 2, 1, 0):
+            fusion = self.scratch.get_submodule(f"refinenet{i + 1}")
+            x = fusion.resConfUnit2(x if i == 3 else x + levels[i])  # type: ignore[operator, union-attr]
+            height, width = levels[i - 1].shape[2:] if i else (2 * levels[0].shape[2], 2 * levels[0].shape[3])
+            bias = self.get_buffer(f"bias_refinenet{i + 1}")
+            x = ops.enlarge(F.conv2d(x, fusion.out_conv.weight), height, width, bias)  # type: ignore[union-attr, arg-type]
+        x = F.conv2d(x, self.scratch.output_conv1.weight, padding=1)  # type: ignore[union-attr, arg-type]
+        full = (self.get_buffer("full_across"), self.get_buffer("full_down"))
+        x = ops.enlarge(x, *self.size, self.get_buffer("bias_output_conv1"), *full)
+        x = F.relu(self.scratch.output_conv2[0](x)).float()  # type: ignore[index, operator]
+        rows = zip(self.get_buffer("last_weight"), self.get_buffer("last_bias"), strict=True)
+        dense = [(x * row[:, None, None]).sum(1) + offset for row, offset in rows]
         if len(dense) == 2:
             return dense[0].exp(), 1 + dense[1].exp()
         points = torch.stack(dense[:3], -1)
         return points.sign() * points.abs().expm1(), 1 + dense[3].exp()
-
-    def _placed(self, x: Tensor, level: str) -> Tensor:
-        return (x + self.get_buffer(f"{level}_across") + self.get_buffer(f"{level}_down")).to(self.dtype)
 
 
 def block_weights(block: Block) -> BlockWeights:

@@ -1,0 +1,50 @@
+"""Few rows, FP32: products bound by reading the weight, and attention over a handful of tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def few_rows_kernel(
+    a, weight, bias, addend, out, N, K: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """a [ROWS,K] x weight [N,K]^T + bias (GELU; + addend [ROWS,N]) -> out [ROWS,N], all FP32 multiply-adds."""
+    row = tl.arange(0, PADDED)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([PADDED, BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=4):
+        k = start + tl.arange(0, BLOCK_K)
+        w = tl.load(weight + column[:, None].to(tl.int64) * K + k[None, :], eviction_policy="evict_first")
+        x = tl.load(a + row[:, None] * K + k[None, :], (row < ROWS)[:, None], 0.0)
+        acc += x[:, None, :] * w[None, :, :]
+    value = tl.sum(acc, 2) + tl.load(bias + column)[None, :]
+    if GELU:
+        value = 0.5 * value * (1 + tl.erf(value * 0.70710678118654752))
+    inside = (row < ROWS)[:, None]
+    place = row[:, None] * N + column[None, :]
+    if ADD:
+        value += tl.load(addend + place, inside, 0.0)
+    tl.store(out + place, value, inside)
+
+
+@triton.jit
+def few_tokens_attention_kernel(
+    qkv, out, ROWS: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One head of softmax attention over ROWS tokens. qkv [ROWS, 3*HEADS*WIDTH], scaled queries; out [ROWS, HEADS*WIDTH]."""
+    row, channel = tl.arange(0, PADDED), tl.arange(0, WIDTH)
+    place = row[:, None] * (3 * HEADS * WIDTH) + tl.program_id(0) * WIDTH + channel[None, :]
+    inside = (row < ROWS)[:, None]
+    q = tl.load(qkv + place, inside, 0.0)
+    k = tl.load(qkv + HEADS * WIDTH + place, inside, 0.0)
+    v = tl.load(qkv + 2 * HEADS * WIDTH + place, inside, 0.0)
+    s = tl.sum(q[:, None, :] * k[None, :, :], 2)
+    s = tl.where((row < ROWS)[None, :], s, -float("inf"))
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    value = tl.sum(p[:, :, None] * v[None, :, :], 1)
+    target = row[:, None] * (HEADS * WIDTH) + tl.program_id(0) * WIDTH + channel[None, :]
+    tl.store(out + target, value, inside)
