@@ -27,6 +27,7 @@ from recon.engines import Engine
 from recon.errors import ReconError, Refused
 from recon.export import ExportOptions
 from recon.fusion import Fusion
+from recon.geometry.scale import ScaleOptions
 from recon.live.align import Align
 from recon.live.stream import StreamOptions
 from recon.models import Model
@@ -97,6 +98,7 @@ class Config:
     source: Source = MISSING
     fusion: Fusion = MISSING
     tracking: Tracking = MISSING
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
     align: Align = field(default_factory=Align)
     stream: StreamOptions = field(default_factory=StreamOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
@@ -243,7 +245,7 @@ def check(config: Config) -> None:
             )
     if not config.stages:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
-    check_viewer(config.viewer, config.stages)
+    check_viewer(config.viewer, config.stages, config.rerun.spawn)
     if "handover" in config.stages and "reconstruct" not in config.stages and config.handover.run is None:
         raise ReconError(
             "stage handover has no run to hand over", "add reconstruct to stages, or give handover.run=DIR"
@@ -256,6 +258,7 @@ def check(config: Config) -> None:
     for component in components(config):
         component.check()
     for options in (
+        config.scale,
         config.align,
         config.stream,
         config.export,

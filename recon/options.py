@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,8 +148,8 @@ class RerunOptions:
         _require(self, "rerun", rules)
 
 
-def check_viewer(viewer: str, stages: list[str]) -> None:
-    """Refuse a viewer that does not exist, has nothing to show, or is not installed.
+def check_viewer(viewer: str, stages: list[str], spawn: bool = False) -> None:
+    """Refuse a viewer that does not exist, has nothing to show, is not installed, or cannot open a window.
 
     Raises:
         ReconError: an unknown name. Refused: the package is missing, or reconstruct is not asked for.
@@ -161,6 +163,11 @@ def check_viewer(viewer: str, stages: list[str]) -> None:
     if "reconstruct" not in stages:
         raise Refused(
             f"viewer=rerun shows stage reconstruct, and stages={stages} do not have it", "add it, or viewer=none"
+        )
+    if spawn and sys.platform.startswith("linux") and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        raise Refused(
+            "rerun.spawn=true: this session has no display to open a window on",
+            "leave it out and open recon.rrd on another machine, or set DISPLAY",
         )
 
 

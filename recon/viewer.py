@@ -31,6 +31,7 @@ FILE = "recon.rrd"
 FOOTER = b"RRF2FOOT"
 """The last bytes of a complete .rrd file hold these."""
 MILLIMETRES = 1000.0
+FLUSH_S = 10.0
 
 
 class Viewer:
@@ -71,8 +72,7 @@ def _rerun(folder: Path, bootstrap: Bootstrap, options: RerunOptions) -> Iterato
             yield viewer
             viewer.finish()
         finally:
-            recording.flush()
-            recording.disconnect()
+            _flush(recording)
         _require_complete(temporary)
     viewer.files = (folder / FILE,)
 
@@ -193,6 +193,15 @@ class RerunViewer(Viewer):
             )
         self._full = full
         return full
+
+
+def _flush(recording: Any) -> None:
+    """Write out what is pending. A viewer that a person has closed must not cost the file."""
+    try:
+        recording.flush(timeout_sec=FLUSH_S)
+    except RuntimeError as error:
+        log.warning("the spawned viewer does not answer, only recon.rrd is written: %s", error)
+    recording.disconnect()
 
 
 def _shrunk(size: tuple[int, int], width: int) -> tuple[int, int]:

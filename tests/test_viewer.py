@@ -177,3 +177,22 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused, match="reconstruct"):
         check_viewer("rerun", ["export"])
     check_viewer("rerun", ["reconstruct"])
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(Refused, match="no display"):
+        check_viewer("rerun", ["reconstruct"], spawn=True)
+    monkeypatch.setenv("DISPLAY", ":0")
+    check_viewer("rerun", ["reconstruct"], spawn=True)
+
+
+@pytest.mark.slow  # rerun waits for the viewer
+def test_a_viewer_that_is_gone_does_not_cost_the_recording(
+    scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing listens where the viewer should be, as after a person has closed it."""
+    rerun = pytest.importorskip("rerun")
+    monkeypatch.setattr(rerun, "spawn", lambda **_: None)
+    (path,) = record(scene, tmp_path, spawn=True)
+    assert "does not answer" in caplog.text
+    assert sorted(column(path, "/world/map", "Points3D:positions")) == [1, 2, 3, 4, 5, 6]
