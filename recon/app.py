@@ -132,9 +132,14 @@ def _write_result(
     folder: Path, composed: DictConfig, status: str, error: Exception | None, metrics: dict[str, Any] | None = None
 ) -> None:
     """`result.json`: the row that the sweep's table is made of."""
+    from recon.leaderboard import AXES, engine_rows
+
     overrides = list(HydraConfig.get().overrides.task)
+    choices = HydraConfig.get().runtime.choices
     row = {
         "overrides": overrides,
+        "choices": {axis: choices.get(axis) for axis in AXES},
+        "engines": engine_rows(metrics or {}),
         "status": status,
         "reason": str(error) if error else "",
         "summary": _summary(metrics or {}),

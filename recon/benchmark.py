@@ -1,9 +1,11 @@
-"""Benchmark: one timing contract for every engine.
+"""Benchmark: one timing contract for every engine, alone or in company.
 
-Warm-up inferences are thrown away. Then every inference is timed on its own and waited for: on the CPU by
-`perf_counter_ns`, on CUDA by a pair of events on the current stream. Inputs are ready in memory before the clock starts
-and outputs stay where the engine leaves them, so transfers between host and device are in no figure. Raw samples are
-kept; percentiles interpolate linearly between them. The error is against torch FP32 on the same inputs.
+Warm-up inferences are thrown away. Then every inference is timed on its own and waited for. *Latency* is the device's:
+on the CPU by `perf_counter_ns`, on CUDA by a pair of events on the stream, with inputs ready in device memory before
+the clock starts and outputs left where the engine leaves them. On CUDA two more times are shown apart: *host*, from the
+call to the end of the work as the calling thread sees it, and *end to end*, with inputs brought from host memory and
+outputs brought back. Raw samples are kept; percentiles interpolate linearly between them. The error is
+against torch FP32 on the same inputs. `recon.lanes` times several engines at once by the same contract.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from recon.engines import Session
 
 PERCENTILES = (50, 90, 95, 99)
+INPUTS = ("auto", "random", "source")
 NOISY_CV = 0.1  # a standard deviation above a tenth of the mean: the machine was busy, or clocks moved
 
 
@@ -44,10 +47,15 @@ class BenchmarkOptions:
     """One engine file to time; None = the engines of this configuration."""
     root: str | None = None
     """Time every engine below this folder into one table."""
+    input: str = "auto"
+    """What engine files (engine, root, co_run) are fed with: random numbers, or frames of the source (source). auto:
+    frames where a source other than the synthetic default is configured."""
+    streams: int = 1
+    """Sessions of one engine that run at once, each in a thread (and CUDA stream) of its own."""
     co_run: list[str] = field(default_factory=list)
     """Engines to run at once on one device."""
     every: list[int] = field(default_factory=list)
-    """Run each of `co_run` on every n-th frame."""
+    """Run each of `co_run` on every n-th frame; empty: all on every frame."""
 
     def check(self) -> None:
         if self.iterations < 1 or self.warmup < 0:
@@ -55,13 +63,11 @@ class BenchmarkOptions:
                 f"benchmark.iterations={self.iterations} warmup={self.warmup}: at least 1 and 0",
                 "50 iterations after 10 of warm-up is the default",
             )
-        if self.co_run:
-            raise Refused(
-                f"benchmark.co_run={self.co_run}: timing engines that share a device is not part of this version",
-                "benchmark.root=DIR times them one after another",
-            )
-        if self.every:
-            raise ReconError(f"benchmark.every={self.every}: belongs to benchmark.co_run", "leave it out")
+        if self.input not in INPUTS:
+            raise ReconError(f"benchmark.input={self.input}: no such input", f"choose from {', '.join(INPUTS)}")
+        if self.streams < 1:
+            raise ReconError(f"benchmark.streams={self.streams}: must be at least 1", "1 times the engine alone")
+        self._check_co_run()
         if self.engine is not None and self.root is not None:
             raise ReconError("benchmark.engine and benchmark.root are both given", "give one of the two")
         if self.engine is not None and not Path(self.engine).is_file():
@@ -69,11 +75,40 @@ class BenchmarkOptions:
         if self.root is not None and not Path(self.root).is_dir():
             raise ReconError(f"benchmark.root={self.root}: no such folder", "give a folder that holds built engines")
 
+    def _check_co_run(self) -> None:
+        if not self.co_run:
+            if self.every:
+                raise ReconError(f"benchmark.every={self.every}: belongs to benchmark.co_run", "leave it out")
+            return
+        if self.engine is not None or self.root is not None or self.streams > 1:
+            raise ReconError(
+                "benchmark.co_run is given together with benchmark.engine, root or streams", "give one of them"
+            )
+        if len(self.co_run) < 2:
+            raise ReconError(
+                f"benchmark.co_run={self.co_run}: needs two engines or more", "benchmark.engine=PATH times one alone"
+            )
+        for path in self.co_run:
+            if not Path(path).is_file():
+                raise ReconError(f"benchmark.co_run: {path}: no such file", "give paths of built engines")
+        if self.every and (len(self.every) != len(self.co_run) or min(self.every) < 1):
+            raise ReconError(
+                f"benchmark.every={self.every}: needs one number of at least 1 for each of {len(self.co_run)} engines",
+                "benchmark.every=[1,3] runs the second one on every third frame",
+            )
+        if self.every and min(self.every) > 1:
+            raise ReconError(
+                f"benchmark.every={self.every}: no engine runs on every frame", "divide by the smallest number"
+            )
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
     """What one engine did. Latencies in ms, memory in MiB, clocks in MHz (None where the system does not tell).
 
+    host_samples_ms, end_to_end_samples_ms: empty on the CPU, where both are the latency. input: what it was fed with.
+    company: engines or streams that ran at the same time, this one included; combined_per_s: inferences of all of them
+    together a second, frames_per_s: frames of a co-run a second (None when alone).
     session_memory_mib: as the session itself states it. peak_rss_mib: the whole process while it was timed.
     device_memory_mib: taken on the GPU by all its users after the run; None on the CPU.
     """
@@ -92,6 +127,12 @@ class BenchmarkResult:
     cpu_mhz_before: float | None
     cpu_mhz_after: float | None
     errors: dict[str, OutputError] = field(default_factory=dict)
+    host_samples_ms: list[float] = field(default_factory=list)
+    end_to_end_samples_ms: list[float] = field(default_factory=list)
+    input: str = "example"
+    company: int = 1
+    combined_per_s: float | None = None
+    frames_per_s: float | None = None
 
     def percentile_ms(self, percent: float) -> float:
         """Latency below which `percent` of the samples lie, linear between samples."""
@@ -130,17 +171,29 @@ class BenchmarkResult:
             "session_memory_mib": self.session_memory_mib,
             "peak_rss_mib": self.peak_rss_mib,
             "threads": float(self.threads),
+            "company": float(self.company),
         }
         optional = {
             "device_memory_mib": self.device_memory_mib,
             "cpu_mhz_before": self.cpu_mhz_before,
             "cpu_mhz_after": self.cpu_mhz_after,
+            "combined_per_s": self.combined_per_s,
+            "frames_per_s": self.frames_per_s,
         }
+        for name, extra in (("host", self.host_samples_ms), ("end_to_end", self.end_to_end_samples_ms)):
+            if extra:
+                optional |= {f"{name}_ms_p{p}": float(np.percentile(extra, p)) for p in (50, 99)}
         flat |= {name: value for name, value in optional.items() if value is not None}
         if self.errors:
             flat["error_rel_l2_max"] = max(error.rel_l2 for error in self.errors.values())
             flat["error_cosine_min"] = min(error.cosine for error in self.errors.values())
-        flat |= {"clock": self.clock, "device": self.device, "cpu": self.cpu, "warnings": "; ".join(self.warnings())}
+        flat |= {
+            "clock": self.clock,
+            "input": self.input,
+            "device": self.device,
+            "cpu": self.cpu,
+            "warnings": "; ".join(self.warnings()),
+        }
         return flat
 
 
@@ -161,33 +214,84 @@ def benchmark(
     from recon.compare import compare
     from recon.machine import cpu_mhz, cpu_name, peak_rss_mib, reset_peak_rss
 
-    ready = {name: tensor.to(session.device) for name, tensor in feeds.items()}
     before, was_reset = cpu_mhz(), reset_peak_rss()
-    timed = _cuda_ms if session.device != "cpu" else _host_ms
-    samples = []
+    clock = Clock(session, feeds)
     for index in range(options.warmup + options.iterations):
-        sample = timed(session, ready)
-        if index >= options.warmup:
-            samples.append(sample)
+        clock.time(keep=index >= options.warmup)
         if tick is not None:
             tick()
+    if clock.on_device:
+        clock.time_transfers(options.warmup, options.iterations)
     peak, after = peak_rss_mib(), cpu_mhz()
     return BenchmarkResult(
-        latency_samples_ms=samples,
+        latency_samples_ms=clock.device_ms,
         items_per_inference=items,
         warmup=options.warmup,
-        clock="cuda events" if timed is _cuda_ms else "perf_counter_ns",
+        clock="cuda events" if clock.on_device else "perf_counter_ns",
         session_memory_mib=session.memory_mib(),
         peak_rss_mib=peak,
         peak_rss_is_since_start=not was_reset,
-        device_memory_mib=_device_memory_mib(session.device),
+        device_memory_mib=device_memory_mib(session.device),
         threads=session.threads,
         cpu=cpu_name(),
         device=session.device,
         cpu_mhz_before=before,
         cpu_mhz_after=after,
         errors=compare(reference, session, [feeds], finite=False) if reference is not None else {},
+        host_samples_ms=clock.host_ms,
+        end_to_end_samples_ms=clock.end_to_end_ms,
     )
+
+
+class Clock:
+    """Times inferences of one session. device_ms is what `BenchmarkResult` calls latency; the rest is for CUDA."""
+
+    def __init__(self, session: Session, feeds: Mapping[str, torch.Tensor]) -> None:
+        self.session, self.on_device = session, session.device != "cpu"
+        self._host_feeds = {name: tensor.cpu() for name, tensor in feeds.items()}
+        self._ready = {name: tensor.to(session.device) for name, tensor in feeds.items()}
+        self.device_ms: list[float] = []
+        self.host_ms: list[float] = []
+        self.end_to_end_ms: list[float] = []
+
+    def time(self, keep: bool = True) -> None:
+        """One inference on inputs that are ready on the device."""
+        device, host = self._on_device() if self.on_device else self._on_host()
+        if keep:
+            self.device_ms.append(device)
+            if self.on_device:
+                self.host_ms.append(host)
+
+    def time_transfers(self, warmup: int, iterations: int) -> None:
+        """Inferences with inputs brought from host memory (page-locked) and outputs brought back."""
+        pinned = {name: tensor.pin_memory() for name, tensor in self._host_feeds.items()}
+        for index in range(warmup + iterations):
+            start = time.perf_counter_ns()
+            feeds = {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in pinned.items()}
+            for output in self.session.infer(feeds).values():
+                output.cpu()  # waits for the work
+            if index >= warmup:
+                self.end_to_end_ms.append((time.perf_counter_ns() - start) / 1e6)
+
+    def _on_host(self) -> tuple[float, float]:
+        start = time.perf_counter_ns()
+        self.session.infer(self._ready)
+        passed = (time.perf_counter_ns() - start) / 1e6
+        return passed, passed
+
+    def _on_device(self) -> tuple[float, float]:
+        import torch
+
+        event: Any = torch.cuda.Event  # torch leaves it untyped
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        stream = torch.cuda.current_stream(self.session.device)
+        stream.synchronize()
+        called = time.perf_counter_ns()
+        start.record(stream)
+        self.session.infer(self._ready)
+        end.record(stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)), (time.perf_counter_ns() - called) / 1e6
 
 
 def benchmark_folder(
@@ -231,7 +335,10 @@ def csv_row(result: BenchmarkResult, identity: Mapping[str, str | float]) -> dic
 
     Every row has the same columns for the same identity columns; what could not be measured is empty.
     """
-    optional = ("device_memory_mib", "cpu_mhz_before", "cpu_mhz_after", "error_rel_l2_max", "error_cosine_min")
+    optional = (
+        "device_memory_mib", "cpu_mhz_before", "cpu_mhz_after", "error_rel_l2_max", "error_cosine_min",
+        "combined_per_s", "frames_per_s", "host_ms_p50", "host_ms_p99", "end_to_end_ms_p50", "end_to_end_ms_p99",
+    )  # fmt: skip
     figures: dict[str, str | float] = {**dict.fromkeys(optional, ""), **result.summary()}
     return {**identity, **{name: figures[name] for name in sorted(figures)}}
 
@@ -266,26 +373,8 @@ def as_plain(result: BenchmarkResult) -> dict[str, Any]:
     return asdict(result) | {"summary": result.summary(), "warnings": result.warnings()}
 
 
-def _host_ms(session: Session, feeds: dict[str, torch.Tensor]) -> float:
-    start = time.perf_counter_ns()
-    session.infer(feeds)
-    return (time.perf_counter_ns() - start) / 1e6
-
-
-def _cuda_ms(session: Session, feeds: dict[str, torch.Tensor]) -> float:
-    import torch
-
-    event: Any = torch.cuda.Event  # torch leaves it untyped
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    torch.cuda.synchronize(session.device)
-    start.record(torch.cuda.current_stream(session.device))
-    session.infer(feeds)
-    end.record(torch.cuda.current_stream(session.device))
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def _device_memory_mib(device: str) -> float | None:
+def device_memory_mib(device: str) -> float | None:
+    """Memory of the device that all its users have taken, MiB; None on the CPU."""
     if device == "cpu":
         return None
     import torch

@@ -87,7 +87,7 @@ def stated(source: Mapping[str, Any]) -> Asked:
     """What facts of a written graph, or of an engine built from the module, state as asked for."""
     layers = {path: LayerFormat(**values) for path, values in source.get("layers", {}).items()}
     infos = {path: LayerInfo(**values) for path, values in source.get("infos", {}).items()}
-    groups = {layer.by: layer for layer in layers.values()}
+    groups: dict[str, LayerFormat] = {layer.by: layer for layer in layers.values()}
     return Asked(layers, groups, infos, source.get("rest", "fp32"))
 
 
@@ -170,7 +170,9 @@ def _elsewhere(asked: Asked, graph: Recount | None, told: _Told) -> dict[str, st
         form, layers = asked.layers.get(path), told.layers.get(path, [])
         if form is not None and not layers:
             found[path] = "not named by the engine"
-        elif reason := next((said for layer in layers or told.nameless if (said := _differs(layer, form, asked.rest))), ""):
+        elif reason := next(
+            (said for layer in layers or told.nameless if (said := _differs(layer, form, asked.rest))), ""
+        ):
             found[path] = reason
     return found
 

@@ -125,7 +125,8 @@ class OnnxGraph:
         """A constant's values, read from disk."""
         from onnx import numpy_helper
 
-        return numpy_helper.to_array(self.constants[name], str(self.path.parent))
+        found: np.ndarray = numpy_helper.to_array(self.constants[name], str(self.path.parent))
+        return found
 
     def weight(self, value: str, inner: int = 0) -> Weight | None:
         """What a constant operand is computed from; None when any part of it is not constant. inner: values of it that
@@ -164,9 +165,9 @@ class OnnxGraph:
         left, right = node.input[0], node.input[_weight_input(node)] if len(node.input) > 1 else ""
         inner = (self.shapes.get(left) or (0,))[-1]
         weight = None if node.op_type in ("Attention", "MultiHeadAttention") else self.weight(right, inner)
-        if weight is None and node.op_type not in CONVOLUTIONS:  # a Linear may have been written with its sides swapped
-            if (other := self.weight(left, inner)) is not None:
-                weight, left = other, right
+        swapped = weight is None and node.op_type not in CONVOLUTIONS  # a constant on the left: its sides are swapped
+        if swapped and (other := self.weight(left, inner)) is not None:
+            weight, left = other, right
         compute, activation = self.types.get(left) or self._type_by_others(node, weight), self.activation(left)
         if node.op_type in INTEGER:
             compute, activation = "int8", self._integer_activation(node)
@@ -177,9 +178,7 @@ class OnnxGraph:
             if weight is not None:
                 bits, block = _attribute(node, "bits", 4), _attribute(node, "block_size", 32)
                 weight = replace(weight, format=f"int{bits}", bits=bits + 32 / block, block=block)
-        return Product(
-            node.name, op, self.module(node), self._multiply_adds(node, weight), compute, activation, weight
-        )
+        return Product(node.name, op, self.module(node), self._multiply_adds(node, weight), compute, activation, weight)
 
     def _type_by_others(self, node: onnx.NodeProto, weight: Weight | None) -> str:
         """Operand type of a product whose input has none stated: that of its output, or of a weight used as it is."""

@@ -237,9 +237,7 @@ def built(store: Store, network: Network) -> Artifact:
     return found
 
 
-def _proof(
-    store: Store, network: Network, onnx: Artifact | None, facts: dict[str, Any], file: Path
-) -> dict[str, Any]:
+def _proof(store: Store, network: Network, onnx: Artifact | None, facts: dict[str, Any], file: Path) -> dict[str, Any]:
     """Certificate and accuracy of a built file, for its manifest. `facts`: of the build, for engines without a graph.
 
     Raises:

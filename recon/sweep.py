@@ -37,15 +37,35 @@ class SweepTable(Callback):
         columns = [key for key in dict.fromkeys(key for row in rows for key in row) if _tells(key, rows)]
         table = [{key: str(row.get(key, "")) for key in columns} for row in rows]
         print_table(f"Sweep {folder.name}", table)
-        _track(config, folder, table)
+        tables = {"leaderboard": table}
+        if engines := _engines(folder):
+            tables["engines"] = engines
+        _track(config, folder, tables)
 
 
-def _track(config: DictConfig, folder: Path, table: list[dict[str, str]]) -> None:
+def _engines(folder: Path) -> list[dict[str, str]]:
+    """The table of engines, printed and written, where jobs built some; and what is to be said of equal rows."""
+    from recon.leaderboard import look_alikes, table
+    from recon.report import print_table
+
+    files = sorted(folder.glob("[0-9]*/result.json"), key=lambda path: int(path.parent.name))
+    jobs = [json.loads(file.read_text()) for file in files]
+    if not any(job["engines"] for job in jobs):
+        return []
+    rows, said = table(jobs), list(look_alikes(jobs))
+    write_atomic(folder / "engines.json", json.dumps({"engines": rows, "look_alikes": said}, indent=1) + "\n")
+    print_table(f"Engines of sweep {folder.name}", rows)
+    for line in said:
+        console().print(line, markup=False)
+    return rows
+
+
+def _track(config: DictConfig, folder: Path, tables: dict[str, list[dict[str, str]]]) -> None:
     """One extra run per sweep that holds the table, beside the flat runs of its jobs."""
     tracking = OmegaConf.to_object(config.tracking)
     assert isinstance(tracking, Tracking)
     tracking.open(config.name, f"summary {folder.name}", Path(config.output), {"sweep": folder.name, "summary": "true"})
-    for line in tracking.close(Record(tables={"leaderboard": table}, files=[folder / "summary.json"]), "FINISHED"):
+    for line in tracking.close(Record(tables=dict(tables), files=[folder / "summary.json"]), "FINISHED"):
         console().print(line, markup=False)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
 ONE_FILE_LIMIT = 1_900_000_000  # bytes; protobuf ends at 2 GiB, and fused graphs can be larger than their source
+NOT_HELD_BACK = Rewrites()
 
 
 @dataclass
@@ -140,7 +141,7 @@ class OnnxRuntime(Engine):
         path: Path,
         options: Any,
         provider: str,
-        held_back: Rewrites = Rewrites(),
+        held_back: Rewrites = NOT_HELD_BACK,
         settings: dict[str, Any] | None = None,
     ) -> Any:
         import onnxruntime

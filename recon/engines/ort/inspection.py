@@ -28,7 +28,9 @@ def inspect(path: Path) -> Inspection:
     try:
         graph = OnnxGraph(path)
     except Exception as error:  # protobuf and onnx raise types of their own
-        raise ReconError(f"{path}: is no readable ONNX file: {error}", "delete it and run stages=[build] again") from None
+        raise ReconError(
+            f"{path}: is no readable ONNX file: {error}", "delete it and run stages=[build] again"
+        ) from None
     modules = json.loads(graph.metadata.get(MODULES_KEY, "{}"))
     outputs = {node.name: list(node.output) for node in graph.nodes}
     layers = []
