@@ -17,6 +17,7 @@ from recon.console import busy, track
 from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
+from recon.geometry.scale import metric
 from recon.geometry.views import Bootstrap, Scale, View
 from recon.keyframes import KeyframeWriter
 from recon.live.calibration_file import Provenance, read_calibration, write_calibration
@@ -98,9 +99,8 @@ def bootstrap_key(store: Store) -> str:
     config = store.config
     network = store.networks().get("model")
     engine = store.engine_key(network) if network else None
-    return content_key(
-        [BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), config.source.scale(), engine]
-    )
+    scale = [config.source.scale(), config.source.baseline(), config.scale]
+    return content_key([BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), scale, engine])
 
 
 def bootstrap_path(store: Store, key: str) -> Path:
@@ -117,6 +117,7 @@ def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact,
         views = config.source.bootstrap()
         with busy(f"Bootstrapping from {len(views)} cameras with {config.model.name}"):
             found = config.model.bootstrap(views, config.source.scale(), session)
+            found = metric(found, views, config.source.baseline(), config.scale)
         write_bootstrap(folder / path.name, found)
         return {"cameras": [view.camera for view in views], "scale": asdict(found.scale), **found.notes}
 
