@@ -23,11 +23,12 @@ from recon.engines.onnxruntime import OnnxRuntime
 from recon.engines.tensorrt import TensorRT
 from recon.errors import ReconError
 
+Built = tuple[dict[str, Any], Path]
 REFUSED = 3  # exit code of a process that ended with our error
 TOLERANCE = {"fp16": 2e-2, "int8": 1e-1}  # relative L2 against ONNX Runtime on the same graph
 
 
-def checks(built: list[tuple[dict[str, Any], Path]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def checks(built: list[Built], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found = [
         check(
             f"{graph['name']} {graph['precision']}: numbers of ONNX Runtime",
@@ -39,12 +40,10 @@ def checks(built: list[tuple[dict[str, Any], Path]], arguments: argparse.Namespa
     for cuda_graph in (True, False):
         how = "CUDA graphs" if cuda_graph else "no graphs"
         found.append(
-            check(f"two contexts in two threads, {how}", lambda c=cuda_graph: threads(graph, plan, plan, c, arguments))
+            check(f"two contexts in two threads, {how}", lambda c=cuda_graph: threads(built[0], built[0], c, arguments))
         )
         found.append(
-            check(
-                f"two plans in two threads, {how}", lambda c=cuda_graph: threads(graph, plan, built[1][1], c, arguments)
-            )
+            check(f"two plans in two threads, {how}", lambda c=cuda_graph: threads(built[0], built[1], c, arguments))
         )
     found.append(check("outputs stay when the next inference runs", lambda: outputs_stay(graph, plan, arguments)))
     found.append(check("work is ordered after the caller's stream", lambda: ordered(graph, plan, arguments)))
@@ -70,9 +69,12 @@ def numbers(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) ->
     return str({name: f"{error.rel_l2:.2e}" for name, error in errors.items()})
 
 
-def threads(graph: dict[str, Any], first: Path, second: Path, cuda_graph: bool, arguments: argparse.Namespace) -> str:
+def threads(first: Built, second: Built, cuda_graph: bool, arguments: argparse.Namespace) -> str:
     """Each thread's outputs are, bit for bit, those of its session alone."""
-    feeds = [{name: tensor.cuda() for name, tensor in graph["network"].example(seed).items()} for seed in (1, 2)]
+    feeds = [
+        {name: tensor.cuda() for name, tensor in graph["network"].example(seed).items()}
+        for seed, (graph, _) in enumerate((first, second))
+    ]
 
     def repeat(session: Session, feed: dict[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -83,7 +85,7 @@ def threads(graph: dict[str, Any], first: Path, second: Path, cuda_graph: bool, 
     with ExitStack() as stack:
         load = engine_of(arguments, cuda_graph=cuda_graph).load
         with ThreadPoolExecutor(2) as pool:  # contexts are made, and graphs captured, at once too
-            sessions = [stack.enter_context(item) for item in pool.map(load, (first, second))]
+            sessions = [stack.enter_context(item) for item in pool.map(load, (first[1], second[1]))]
             torch.cuda.synchronize()
             alone = [repeat(session, feed, 1)[0] for session, feed in zip(sessions, feeds, strict=True)]
             start = time.perf_counter()

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from recon.artifact import content_key, obtain
+from recon.artifact import content_key, manifest_path, obtain
 from recon.depth.nets.depth_anything import build, preprocess
 from recon.engines import Build
 from recon.engines.tensorrt import TensorRT
@@ -89,27 +90,53 @@ def ranges_of(network: Network) -> Ranges:
 
 
 def lowered(path: Path) -> Path:
-    """The same graph in ONNX opset 17, for builders of TensorRT 8: what 18 changed is undone."""
+    """The same graph in ONNX opset 17, for builders of TensorRT 8: what 18 changed is undone.
+
+    Its parser takes no INT8 constants: a quantised weight becomes its dequantised values and the same Q/DQ pair after
+    them, which gives back the same codes.
+    """
     import onnx
     from onnx import helper, numpy_helper
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = onnx.load(str(path))
     constants = {item.name: item for item in model.graph.initializer}
+    nodes = []
     for node in model.graph.node:
         if node.op_type == "Split" and len(node.input) == 1:
             keep(node, lambda entry: entry.name != "num_outputs")  # equal parts are what 17 gives without sizes
         elif node.op_type == "Resize":
             keep(node, lambda entry: entry.name not in ("antialias", "keep_aspect_ratio_policy") or entry.i != 0)
-        if node.op_type.startswith("Reduce"):
-            keep(node, lambda entry: entry.name != "noop_with_empty_axes" or entry.i != 0)
-        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) == 2:
+        elif node.op_type.startswith("Reduce") and len(node.input) == 2 and node.op_type != "ReduceSum":
             axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            keep(node, lambda entry: entry.name != "noop_with_empty_axes")
             node.attribute.append(helper.make_attribute("axes", axes))
+        elif node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            nodes.append(quantised_here(node, constants, model.graph))
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     next(item for item in model.opset_import if item.domain in ("", "ai.onnx")).version = 17
     model.ir_version = 8
     out = path.with_name(f"{path.stem}_opset17.onnx")
-    onnx.save_model(model, str(out))  # external weights go on lying where the original has them
+    onnx.save_model(model, str(out), save_as_external_data=True, location=f"{out.name}.data")
     return out
+
+
+def quantised_here(node: Any, constants: dict[str, Any], graph: Any) -> Any:
+    """A QuantizeLinear before a weight's DequantizeLinear, with the weight in FP32 before it."""
+    from onnx import helper, numpy_helper
+
+    codes, scale = (numpy_helper.to_array(constants[name]) for name in node.input[:2])
+    axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 1)
+    along = scale.reshape([-1 if at == axis % codes.ndim else 1 for at in range(codes.ndim)]) if scale.ndim else scale
+    name = node.input[0]
+    zero = numpy_helper.from_array(np.zeros(scale.shape, np.int8), f"{name}.zero")
+    graph.initializer.extend([numpy_helper.from_array((codes * along).astype(np.float32), f"{name}.values"), zero])
+    graph.initializer.remove(constants.pop(name))
+    before = helper.make_node("QuantizeLinear", [f"{name}.values", node.input[1], zero.name], [name], axis=axis)
+    del node.input[2:]
+    node.input.append(zero.name)
+    return before
 
 
 def keep(node: Any, wanted: Callable[[Any], bool]) -> None:
@@ -119,17 +146,14 @@ def keep(node: Any, wanted: Callable[[Any], bool]) -> None:
 
 
 class Dynamic(torch.nn.Module):
-    """Convolutions and attention over any number of images of any size: for profiles."""
+    """Convolutions over any number of images of any size: for profiles."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.qkv, self.out = torch.nn.Conv2d(3, 64, 8, 8), torch.nn.Linear(64, 192), torch.nn.Linear(64, 64)
+        self.first, self.second = torch.nn.Conv2d(3, 64, 8, 8), torch.nn.Conv2d(64, 32, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch(images).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).chunk(3, -1)
-        mixed = torch.softmax(q @ k.transpose(1, 2) / 8, -1) @ v
-        return (tokens + self.out(mixed)).mean(1)
+        return self.second(torch.relu(self.first(images))).mean((2, 3))
 
 
 def prepared_dynamic(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -154,6 +178,9 @@ def engine_of(arguments: argparse.Namespace, **knobs: Any) -> TensorRT:
 def built(graph: dict[str, Any], arguments: argparse.Namespace) -> Path:
     """The plan of a graph with the manifest that loading asks for."""
     path = arguments.work / f"{graph['name']}_{graph['precision']}.engine"
+
+    if manifest_path(path).exists():
+        return path  # of an earlier run in this folder
 
     def make(folder: Path) -> dict[str, Any]:
         out = folder / path.name

@@ -113,10 +113,13 @@ def log_path(path: Path) -> Path:
 
 
 def _from_inspector(shared: Shared) -> tuple[tuple[Any, ...], str]:
-    kind = shared.library.trt.LayerInformationFormat.JSON
+    trt = shared.library.trt
+    if not hasattr(trt, "EngineInspector"):
+        return (), f"{shared.library.flavour} has no inspector"
     with MESSAGES.listen() as heard:
         inspector = shared.engine.create_engine_inspector()
-        text = inspector.get_engine_information(kind) if inspector is not None else ""
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON) if inspector is not None else ""
+        del inspector  # it has to go before its engine
     found = layers.from_inspector(text) if text.strip() else ()
     if any(layer.compute for layer in found):
         return found, ""
