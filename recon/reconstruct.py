@@ -19,7 +19,8 @@ from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
 from recon.geometry.scale import metric
 from recon.geometry.views import Bootstrap, Scale, View
-from recon.keyframes import KeyframeWriter
+from recon.keyframes import KeyframeWriter, camera_of
+from recon.live.boardscores import BoardScores, read_board
 from recon.live.calibration_file import Provenance, read_calibration, write_calibration
 from recon.live.framelog import FrameLog
 from recon.live.scores import DepthScores
@@ -50,6 +51,7 @@ class Reconstruction:
     depth_scores: DepthScores
     log: FrameLog
     provenance: Provenance
+    board: BoardScores | None = None
     stream: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -209,10 +211,15 @@ def _bootstrap_again(
 
 def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
     keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
+    if config.evaluate.board is not None:
+        result.board = read_board(Path(config.evaluate.board), config.source.cameras())
+    board = result.board
 
     def observe(frame: FrameResult) -> None:
         keyframes.offer(frame.view)
         viewer.frame(frame.view, frame.depth, frame.align.row())
+        if board is not None and (camera := camera_of(streamer.bootstrap, frame.view)) is not None:
+            board.add(frame.view, frame.depth, *camera)
         result.log.add(frame)
         result.depth_scores.add(frame)
         if config.save_per_frame_depth and frame.depth is not None:

@@ -112,7 +112,7 @@ class Calibrated(Source):
     intrinsics: str | None = None
     """NPZ with K [cameras,3,3] or [3,3] in pixels; optional camera_names, width, height, distortion, fisheye."""
     poses: str | None = None
-    """NPZ with T_world_cam (or T_cam_world), [cameras,4,4] (fixed), or [cameras,frames,4,4] for images; OpenCV axes."""
+    """NPZ with T_world_cam (or T_cam_world), [cameras,4,4] (fixed), or [cameras,frames,4,4] for files; OpenCV axes."""
     poses_unit: str = "m"
     """Unit of the poses' translations: m or arbitrary. Poses in metres make the map metric."""
     rig: str | None = None

@@ -96,10 +96,12 @@ def calibrate(
     available: Sequence[str],
     sizes: dict[str, tuple[int, int]],
     counts: dict[str, int] | None = None,
+    named: bool = False,
 ) -> Calibration:
     """Read what a source's options name, for the cameras in `sizes` (camera -> width, height of its images).
 
-    counts: frames per camera where poses may be given per frame; None where only a fixed rig makes sense.
+    counts: frames per camera where poses may be given per frame; None where only a fixed rig makes sense. named: frames
+    are image files, whose poses a rig may list.
 
     Raises:
         ReconError: unreadable files, a camera that they lack, intrinsics of another image size, two files that both
@@ -117,7 +119,7 @@ def calibrate(
         if not source.intrinsics:
             lenses = {camera: lens for camera in sizes if (lens := rig.lens(camera)) is not None}
         if not source.poses:
-            _rig_poses(rig, list(sizes), found, counts is not None)
+            _rig_poses(rig, list(sizes), found, named)
     where = source.intrinsics or source.rig
     for camera, lens in lenses.items():
         if lens.size is not None and lens.size != sizes[camera]:

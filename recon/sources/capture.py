@@ -122,9 +122,20 @@ class Capture:
                 f"asked for were {wanted[0]}x{wanted[1]}",
                 "choose one that it has (v4l2-ctl --list-formats-ext), perhaps with source.fourcc=MJPG",
             )
+        self.state.facts = {"device": self.device.address, "size": list(self.size), **self._settings()}
         if self.device.is_file:
             self._capture.release()
             self._capture = self.device.open()  # from its beginning
+
+    def _settings(self) -> dict[str, Any]:
+        """What the driver says is in effect; a frame rate other than that asked for is said, as cameras change it."""
+        import cv2
+
+        assert self._capture is not None
+        fps = float(self._capture.get(cv2.CAP_PROP_FPS))
+        if self.device.fps and abs(fps - self.device.fps) > 0.01 * self.device.fps:
+            self.state.event(f"asked for {self.device.fps:g} frames/s, the driver says {fps:g}", None)
+        return {"fps_said": round(fps, 3), "backend": self._capture.getBackendName()}
 
     def start(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -152,6 +163,7 @@ class Capture:
             if good and bgr is not None:
                 self._keep(Shot(self._number, time_s, np.asarray(bgr, np.uint8)))
                 self._number += 1
+                self.state.facts["captured"] = self._number
             elif self.device.is_file:
                 with self.changed:
                     self.ended = True

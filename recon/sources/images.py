@@ -229,7 +229,7 @@ class Images(Recording):
 
         sizes = {camera: image_size(files[0]) for camera, files in frames.items()}
         counts = {camera: len(files) for camera, files in frames.items()}
-        found = calibrate(self, list(scan(Path(self.path))), sizes, counts)
+        found = calibrate(self, list(scan(Path(self.path))), sizes, counts, named=True)
         if self.live_path and any(len(T) > 1 for T in found.poses.values()):
             raise ReconError(
                 f"source.poses={self.poses} has one pose per frame, with source.live_path: of which folder?",

@@ -57,6 +57,17 @@ class CameraState:
             return {**row, **self.facts, "events": list(self.events)}
 
 
+def totals(report: dict[str, Any]) -> dict[str, float]:
+    """Sums over the cameras of a source's report, for trackers: frames delivered, lost and dropped, and the skew."""
+    rows = report.get("cameras", {}).values()
+    if not rows:
+        return {}
+    found = {name: float(sum(row[name] for row in rows)) for name in ("delivered", "dropped")}
+    found["lost"] = float(sum(sum(row["lost"].values()) for row in rows))
+    skew = report.get("skew_ms", {})
+    return found | {f"skew_ms_{name}": float(skew[name]) for name in ("p50", "p95", "max") if name in skew}
+
+
 class Watch:
     """Looks at the frames of one camera for those that carry no picture: black ones, and the same one repeated."""
 

@@ -191,8 +191,10 @@ class Videos(Recording):
     def _calibration(self) -> Calibration:
         from recon.sources.calibration import calibrate
 
-        sizes = {camera: index.size for camera, index in self._indices().items()}
-        return calibrate(self, list(find_videos(Path(self.path))), sizes)
+        indices = self._indices()
+        sizes = {camera: index.size for camera, index in indices.items()}
+        counts = {camera: len(index) for camera, index in indices.items()}
+        return calibrate(self, list(find_videos(Path(self.path))), sizes, counts)
 
     def _fresh_states(self) -> dict[str, CameraState]:
         """New counters, with what the files alone say: their times, and frames that are announced but not there."""
