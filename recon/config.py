@@ -72,6 +72,9 @@ class Evaluate:
     """Distance for precision, recall and F-score; map units."""
     max_points: int = 200_000
     """Map points judged at most; more are thinned with a fixed seed."""
+    board: str | None = None
+    """Folder with the corners of a calibration board in the stream, as caliscope exports them: xy_CHARUCO.csv (pixels),
+    timestamps.csv, and xyz_CHARUCO.csv (metres) if known. Fixed cameras with time stamps only."""
 
     def check(self) -> None:
         if not self.threshold > 0:
@@ -80,6 +83,9 @@ class Evaluate:
             raise ReconError(
                 f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz"
             )
+        for name in ("xy_CHARUCO.csv", "timestamps.csv") if self.board is not None else ():
+            if not (Path(str(self.board)) / name).is_file():
+                raise ReconError(f"evaluate.board={self.board}: has no {name}", "leave it out or give such a folder")
 
 
 @dataclass

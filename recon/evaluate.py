@@ -31,13 +31,16 @@ def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
     """All figures that the truth at hand allows, flat, with strings for alignment, unit and reasons.
 
     depth_*: aligned depth of fused frames (means over frames). bootstrap_depth_*: the network's own depth. pose_*: its
-    cameras. map_*, plane_*: the map against the reference surface. rendered_*: depth rendered from the final map
-    against the bootstrap depth it was built from, which needs no truth.
+    cameras. board_*: corners of a calibration board, lifted by depth; board_rig_*: triangulated. map_*, plane_*: the
+    map against the reference surface. rendered_*: depth rendered from the final map against the bootstrap depth it was
+    built from, which needs no truth.
     """
     aligned = to_source(result.bootstrap)
     found: dict[str, Any] = _streamed(result) | bootstrap_poses(result.bootstrap)
     if aligned is not None and not config.source.live:
         found |= _bootstrap_depth(config, result.bootstrap, aligned)
+    if aligned is not None and result.board is not None:
+        found |= result.board.scores(aligned)
     found |= _surface(config, result, aligned)
     found |= _rendered(config, result)
     return {"unit": _unit(config, result), **found} if found else {}

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from recon.config import Evaluate
 from recon.errors import ReconError
 from recon.geometry.board import Camera, Corners, board_errors, lift, read_corners, read_points, triangulate
 from recon.geometry.cameras import invert, project, transform
 from recon.geometry.rig_files import read_rig
+from recon.geometry.sim3 import Sim3
+from recon.geometry.world import ToSource
+from recon.live.boardscores import read_board
+from recon.sources.videos import Videos
 
 SQUARE = 0.05
 BOARD = np.array([[x * SQUARE, y * SQUARE, 0] for y in range(4) for x in range(3)])
@@ -139,6 +144,39 @@ def test_office_board(data_dir: Path) -> None:
     assert abs(ours["board_spacing_error_mean"]) < 0.001
     assert ours["board_spacing_error_median"] < 0.002
     assert ours["board_corners"] > 300
+
+
+def test_office_videos_through_their_source(data_dir: Path) -> None:
+    """Frames as the stream gets them, undistorted and posed by the source: the board that they triangulate fits, and
+    depth of the right size puts it where it is, also for a map in another frame and unit."""
+    folder = data_dir / "office4"
+    times = str(folder / "timestamps.csv")
+    source = Videos(
+        name="videos", path=str(folder), rig=str(folder / "camera_array.toml"), timestamps=times, max_batches=6
+    )
+    board = read_board(folder, source.cameras())
+    other = ToSource(Sim3(0.5, np.eye(3), np.zeros(3)), "")
+    assert board.truth is not None
+    views = [source.bootstrap(), *source.batches()]
+    for moment, batch in enumerate(views, 35):
+        for view in batch:
+            pose = other.inverse_pose(view.T_world_cam)
+            known = [point for (m, _), point in board.truth.items() if m == moment]
+            z = np.median((np.array(known) - view.T_world_cam[:3, 3]) @ view.T_world_cam[:3, 2])
+            depth = np.full(view.image.shape[:2], z / 0.5, np.float32)
+            board.add(view, depth, view.K, pose)
+    found = board.scores(other)
+    assert found["board_rig_corners"] > 60
+    assert found["board_rig_reprojection_px_median"] < 1.6
+    assert found["board_rig_distance_median"] < 0.003
+    assert found["board_rig_spacing_error_median"] < 0.002
+    assert found["board_distance_median"] < 0.05  # the board is tilted, and this depth is one plane for all of it
+    assert found["board_corners"] >= found["board_rig_corners"]
+
+
+def test_a_board_folder_that_lacks_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ReconError, match="xy_CHARUCO"):
+        Evaluate(board=str(tmp_path)).check()
 
 
 def test_pixels_of_the_helper_are_those_of_the_geometry() -> None:

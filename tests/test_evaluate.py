@@ -70,7 +70,7 @@ def judged(bootstrap: Bootstrap, voxel: float, **changes: Any) -> dict[str, Any]
         fused.integrate(posed, 0)
         if posed.depth.shape == view.image.shape[:2]:
             scores.add(SimpleNamespace(view=view, depth=posed.depth))  # type: ignore[arg-type]
-    result = SimpleNamespace(bootstrap=bootstrap, fused=fused, scale=bootstrap.scale, depth_scores=scores)
+    result = SimpleNamespace(bootstrap=bootstrap, fused=fused, scale=bootstrap.scale, depth_scores=scores, board=None)
     fusion = option("fusion", "surfel")
     config = Config(source=cameras, model=Learned(name="recorded"), fusion=fusion, evaluate=Evaluate(), **changes)
     return evaluate_map(config, result)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_an_arbitrary_map_is_not_compared_with_a_reference_in_metres(exact: Boot
     for posed in exact.views:
         fused.integrate(posed, 0)
     lost = elsewhere(exact)
-    result = SimpleNamespace(bootstrap=lost, fused=fused, scale=lost.scale, depth_scores=DepthScores(lost))
+    result = SimpleNamespace(bootstrap=lost, fused=fused, scale=lost.scale, depth_scores=DepthScores(lost), board=None)
     config = Config(
         source=cameras, model=Recorded(name="recorded"), fusion=option("fusion", "surfel"), evaluate=Evaluate(str(path))
     )
