@@ -26,6 +26,7 @@ from recon.live.framelog import FrameLog
 from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
+from recon.sources.state import totals
 from recon.store import Store
 from recon.viewer import open_viewer
 
@@ -89,6 +90,7 @@ class Reconstruction:
         values |= {f"recon/{name}": value for name, value in self.map_stats.items()}
         times = self.log.metrics()["ms"]
         values |= {f"stream/{part}_ms_{name}": value for part, found in times.items() for name, value in found.items()}
+        values |= {f"source/{name}": value for name, value in totals(self.source).items()}
         return values | {f"time/{name}_s": value for name, value in self.seconds.items()}
 
     def series(self) -> dict[str, list[float]]:
