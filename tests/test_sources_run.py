@@ -17,6 +17,7 @@ from video_files import even, numbered, spoil, write_video
 from recon.config import Config, option
 from recon.pipeline import Run, finish, run
 from recon.sources import Source
+from recon.sources.state import totals
 from recon.sources.videos import Videos
 from recon.sources.webcams import Webcams
 from recon.store import Store
@@ -65,6 +66,15 @@ def test_a_run_from_damaged_videos_says_what_it_lost(tmp_path: Path) -> None:
     assert "before the last camera" in metrics["source"]["cameras"]["right"]["events"][0]["what"]
     assert metrics["source"]["skew_ms"]["max"] == 10.0
     assert metrics["source"]["batches"] == 11
+    sums = {
+        "delivered": 15.0,
+        "lost": 3.0,
+        "dropped": 0.0,
+        "skew_ms_p50": 10.0,
+        "skew_ms_p95": 10.0,
+        "skew_ms_max": 10.0,
+    }
+    assert totals(metrics["source"]) == sums
     seen = [(row["camera"], row["frame"]) for row in metrics["frames"]]
     assert sorted(seen) == [*(("left", n) for n in (1, 2, 3, 4, 8, 9, 10, 11)), *(("right", n) for n in range(1, 8))]
 

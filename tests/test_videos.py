@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -359,6 +361,46 @@ def test_cameras_of_different_size_and_a_rig_of_another(tmp_path: Path) -> None:
         source(tmp_path, rig=str(tmp_path / "rig.npz"), intrinsics=str(tmp_path / "rig.npz")).validate()
 
 
+def test_a_camera_that_moves_has_a_pose_for_every_frame(folder: Path) -> None:
+    T = np.tile(np.eye(4), (2, 24, 1, 1))
+    T[..., 0, 3] = np.arange(24)
+    np.savez(folder / "P.npz", T_world_cam=T)
+    for batch in source(folder, poses=str(folder / "P.npz"), frame_step=9).batches():
+        assert all(view.T_world_cam is not None and view.T_world_cam[0, 3] == view.frame for view in batch)
+    np.savez(folder / "P.npz", T_world_cam=T[:, :20])
+    with pytest.raises(ReconError, match="20 poses per camera, but camera left has 24 frames"):
+        source(folder, poses=str(folder / "P.npz")).validate()
+
+
+def test_decoders_keep_no_more_than_they_were_told(folder: Path) -> None:
+    from recon.sources.decode import Decoders
+
+    made: list[int] = []
+
+    def endless() -> Iterator[tuple[int, str]]:
+        for number in range(10_000):
+            made.append(number)
+            yield number, "nothing"
+
+    with Decoders({"a": endless}, ahead=3) as decoders:
+        assert decoders.take("a", 50) == "nothing"
+        time.sleep(0.2)
+        assert len(made) <= 51 + 3 + 1  # in the queue, and one in the thread's hand
+
+
+def test_a_fault_in_a_decoder_reaches_the_reader() -> None:
+    from recon.sources.decode import Decoders
+
+    def broken() -> Iterator[tuple[int, str]]:
+        yield 0, "nothing"
+        raise ReconError("the disc is gone", "look for it")
+
+    with Decoders({"a": broken}, ahead=3) as decoders:
+        assert decoders.take("a", 0) == "nothing"
+        with pytest.raises(ReconError, match="the disc is gone"):
+            decoders.take("a", 1)
+
+
 def test_the_key_is_that_of_the_frames_that_bootstrap(folder: Path) -> None:
     key = source(folder).content_key()
     assert source(folder, max_batches=3).content_key() == key
@@ -385,8 +427,6 @@ def test_leaving_early_ends_the_decoders(folder: Path) -> None:
 
 
 def test_no_frame_of_a_file_is_dropped_however_slow_the_reader(folder: Path) -> None:
-    import time
-
     videos = source(folder, ahead=1)
     count = 0
     for batch in videos.batches():

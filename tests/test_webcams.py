@@ -69,6 +69,7 @@ def test_the_newest_frame_wins_and_the_others_are_counted(files: list[str]) -> N
     assert row["dropped"] >= 20
     assert np.diff(seen[:-1]).min() >= 4  # never the next one in a queue
     assert row["delivered"] + row["dropped"] <= 40
+    assert (row["captured"], row["fps_said"], row["size"]) == (40, 30.0, [160, 120])
 
 
 def test_limits_steps_and_colour(files: list[str]) -> None:
