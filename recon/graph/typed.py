@@ -194,7 +194,7 @@ class _Rewriter:
         return self.made[name, kind]
 
     def _cast(self, source: str, target: str, kind: int, user: onnx.NodeProto) -> str:
-        node = onnx.helper.make_node("Cast", [source], [target], name=target, to=kind)
+        node = onnx.helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=kind)
         node.metadata_props.extend(user.metadata_props)
         self.nodes.append(node)
         self.casts += 1
