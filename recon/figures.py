@@ -81,7 +81,7 @@ def map_row(config: Config, result: Reconstruction, found: dict[str, Any]) -> Ro
         names, second = ("fused map", "from above"), map_image(result.fused, above, width, height)
     cells = [_picture(map_image(result.fused, pose, width, height)), _picture(second)]
     depth = f" with {config.depth.name}" if config.depth.network() is not None else ""
-    steps = f"after {result.log.accepted} of {result.log.seen} frames{depth}, from a viewpoint that no camera has"
+    steps = f"{result.log.accepted} of {result.log.seen} frames{depth}, seen from where no camera stands"
     return Row("Fused map", ". ".join([steps, *_figures(found)]), cells, height / width, names)
 
 
@@ -134,7 +134,7 @@ def _place(figure: Figure, row: Row, top: float, height: float, total: float) ->
 def _colour_bar(figure: Figure, bar: tuple[float, float, str], top: float, total: float) -> None:
     """Right in the heading: near colour, bar, far colour."""
     low, high, unit = bar
-    left, middle = WIDTH - GAP - BAR - 0.95, top - HEAD * 0.55
+    left, middle = WIDTH - GAP - BAR - 0.66, top - HEAD * 0.55
     axis = figure.add_axes((left / WIDTH, (middle - 0.06) / total, BAR / WIDTH, 0.12 / total))
     axis.imshow(np.linspace(0, 1, 256)[None], cmap=DEPTH_COLOURS, aspect="auto")
     axis.axis("off")

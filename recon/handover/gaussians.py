@@ -58,7 +58,7 @@ def neighbour_distance(points: Array) -> NDArray[np.float64]:
 
 
 def rotations_to(normals: Array) -> Array:
-    """[N,4] unit quaternions (w, x, y, z), each the shortest turn of the z axis to a normal [N,3]; zero normals give 1."""
+    """[N,4] unit quaternions (w, x, y, z): the shortest turns of the z axis to normals [N,3]; zero normals give 1."""
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     n = np.where(length > 0, normals / np.maximum(length, 1e-12), (0.0, 0.0, 1.0))
     q = np.stack([1 + n[:, 2], -n[:, 1], n[:, 0], np.zeros(len(n))], axis=1)
