@@ -159,9 +159,10 @@ def write(network: Network, base: Path, recipe: Recipe, out: Path) -> dict[str, 
     fit_opset(model, recipe.layers, recipe.rest)
     typed: dict[str, Any] = {}
     if recipe.rest != "fp32":
+        from recon.graph.rules import misfits
         from recon.graph.typed import convert
 
-        typed = convert(model, recipe.rest, recipe.ranges, replaced)
+        typed = convert(model, recipe.rest, recipe.ranges, dict.fromkeys(replaced, "") | misfits(model, recipe))
     place(model, recipe)
     size = save(model, out)
     return _facts(recipe, out) | {"bytes": size, "typed": typed, "check": checked}

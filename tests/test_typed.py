@@ -16,13 +16,14 @@ from recon.errors import ReconError
 from recon.export import ExportOptions, export
 from recon.formats import LayerInfo, Ranges, Recipe
 from recon.graph.read import read_graph
-from recon.graph.rules import LIMIT, LOGITS
+from recon.graph.rules import LIMIT, LOGITS, weight_misfit
 from recon.graph.typed import convert
 from recon.graph.types import value_types
 from recon.graph.writer import fit_opset, place
 from recon.network import Network
 from recon.observe import graph_maxima, layer_inputs
 from recon.precision import Precision
+from recon.quantise import make_recipe, write
 
 HALF, BRAIN, FLOAT = TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT
 OUTLIER = 9e4  # like DINOv2's massive activations: beyond 65504, one channel alone
@@ -218,6 +219,32 @@ def test_quantised_graphs(name: str, placed_first: bool, small: tuple[Path, Rang
     with torch.no_grad():
         want = module(images(9)["images"])
     assert all(relative(got, expected) < 0.08 for got, expected in zip(run(model, images(9)), want, strict=True))
+
+
+def test_quantised_weights_that_fp16_cannot_hold_stay_fp32(small: tuple[Path, Ranges], tmp_path: Path) -> None:
+    """As with LayerScale folded into them: FP16 scales would be subnormal numbers, or zero."""
+
+    def shrunk() -> nn.Module:
+        module = seeded()
+        with torch.no_grad():
+            module.out.weight *= 1e-6
+        return module
+
+    net = network(shrunk)
+    path, ranges = exported(net, tmp_path)
+    mode, precision = option("quant_mode", "none"), option("precision", "int8")
+    recipe = make_recipe(net, mode, precision, ranges)  # type: ignore[arg-type]
+    assert weight_misfit(recipe.weights["out"]) == "its quantised weight underflows"
+    assert not weight_misfit(recipe.weights["qkv"])
+    facts = write(net, path, recipe, tmp_path / "int8.onnx")
+    assert facts["typed"]["kept_fp32"]["its quantised weight underflows"] == ["MatMul out"]
+    model = read_graph(tmp_path / "int8.onnx")
+    types = require_uniform(model)
+    scales = {name: kind for name, kind in types.items() if name.endswith("weight.scale")}
+    assert scales == {"out.weight.scale": FLOAT, "qkv.weight.scale": HALF}
+    with torch.no_grad():
+        want = shrunk()(images(9)["images"])
+    assert all(relative(got, expected) < 0.02 for got, expected in zip(run(model, images(9)), want, strict=True))
 
 
 def graph(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], opset: int = 20) -> onnx.ModelProto:

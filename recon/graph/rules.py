@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import onnx
 import torch
 from onnx import TensorProto
 
-from recon.formats import Ranges, RestFormat
+from recon.formats import QuantizedWeight, Ranges, Recipe, RestFormat
+from recon.graph.layers import find_layers
 from recon.graph.types import constant_values
 
 FP16_MAX, FP16_TINY = 65504.0, 2.0**-14  # largest finite and smallest normal number
@@ -31,6 +33,28 @@ NO_BF16 = frozenset({"ConvTranspose"})
 CODES = ("QuantizeLinear", "DequantizeLinear")
 
 
+def misfits(model: onnx.ModelProto, recipe: Recipe) -> dict[str, str]:
+    """Products whose quantised weights FP16 cannot hold once they are dequantised: node name -> reason.
+
+    A network in which LayerScale is folded into the weights has such layers: their scales would be subnormal numbers.
+    """
+    if recipe.rest != "fp16":
+        return {}
+    reasons = {path: reason for path, weight in recipe.weights.items() if (reason := weight_misfit(weight))}
+    return {item.node.name: reasons[item.path] for item in find_layers(model, recipe.layers) if item.path in reasons}
+
+
+def weight_misfit(weight: QuantizedWeight) -> str:
+    """Why a quantised weight cannot be dequantised in FP16; empty when it can. NVFP4's own factor stays FP32."""
+    exact = weight.dequantised()
+    scale = weight.scale if weight.block_scale is not None else weight.scale.half().float()
+    stored = replace(weight, scale=scale).dequantised().half().float()
+    if not bool(stored.isfinite().all()):
+        return "its quantised weight overflows"
+    size = float(exact.norm())
+    return "its quantised weight underflows" if size and float((stored - exact).norm()) / size > CONSTANT_ERROR else ""
+
+
 class Rules:
     """The nodes of a model that have FP32 values, and the reasons for which some of them stay FP32."""
 
@@ -43,6 +67,7 @@ class Rules:
         types: Mapping[str, int],
     ) -> None:
         self.model, self.rest, self.protected = model, rest, set(protected)
+        self.protected_why = protected if isinstance(protected, Mapping) else {}
         self.nodes = list(model.graph.node)
         self.floats = {name for name, kind in types.items() if kind == TensorProto.FLOAT}
         self.values: Mapping[str, float] = ranges.values if ranges is not None and rest == "fp16" else {}
@@ -95,8 +120,8 @@ class Rules:
         return fixed
 
     def _reason(self, node: onnx.NodeProto) -> str:
-        if node.name in self.protected or self.protected & set(node.output):
-            return "asked for"
+        if named := self.protected & {node.name, *node.output}:
+            return self.protected_why.get(min(named)) or "asked for"
         if any(attribute.type in (5, 10) for attribute in node.attribute):  # GRAPH, GRAPHS
             return "has a subgraph"
         if self._captured & set(node.output):

@@ -41,8 +41,8 @@ def convert(
     """Give an FP32 graph the types of `rest`, in place, and return facts: counts, and what stayed FP32 and why.
 
     ranges: largest values of the FP32 graph on calibration frames; needed for fp16. protected: names of nodes and
-    values that stay FP32. Constants among them, and those whose data are not loaded, are cast in the graph instead.
-    Quantised graphs may be given: a Q or DQ takes its scale in the type of its other floating-point side.
+    values that stay FP32 (a mapping may say why). Constants among them, and those whose data are not loaded, are cast
+    in the graph instead. Quantised graphs may be given: a Q or DQ takes its scale in the type of its other side.
 
     Raises:
         ReconError: fp16 without ranges, or a graph that contradicts itself.
