@@ -145,7 +145,7 @@ class _Bound:
                     f"{self._name}: TensorRT made no execution context: {heard.reason}",
                     "free GPU memory, or open fewer sessions at once",
                 )
-            if number:
+            if shared.facts.profiles:  # even the first: only one context of a plan gets it by itself
                 self._context.set_optimization_profile_async(number, stream.cuda_stream)
             scratch = max(shared.engine.get_device_memory_size_for_profile_v2(number), 0) / MIB
             self.memory_mib: float = max(scratch, (before - torch.cuda.mem_get_info(shared.device)[0]) / MIB)
