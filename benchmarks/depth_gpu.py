@@ -66,11 +66,7 @@ def main() -> None:
 
 def fast_network(network: DisparityNet, mode: str) -> FastDisparity:
     """The fast network; FP8 calibrated on other images than the measured ones."""
-    fast = FastDisparity(network, LOW[mode])
-    if mode == "fp8":
-        fast.calibrate(pictures(8, 1))
-        fast.quantise()
-    return fast
+    return network.to_inference(LOW[mode], fp8=[pictures(8, 1)] if mode == "fp8" else [])
 
 
 def measure(module: torch.nn.Module, batch: int, wanted: list[np.ndarray]) -> dict[str, Any]:
@@ -80,6 +76,8 @@ def measure(module: torch.nn.Module, batch: int, wanted: list[np.ndarray]) -> di
     if isinstance(module, FastDisparity):
         call: Any = Captured(module, images)
     else:
+        for part in module.modules():  # hooks that record outputs, which no one asked for and torch.compile cannot trace
+            part._forward_hooks.clear()
         compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
         def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -27,7 +27,7 @@ import torch
 from recon.geometry.preprocess import example_images
 from recon.kernels.graphs import Captured
 from recon.models.nets.config import PRESETS
-from recon.models.nets.fast import FastVGGT, Policy
+from recon.models.nets.fast import FastVGGT
 from recon.models.nets.vggt import VGGT, build
 
 WARMUP, SAMPLES, MANY = 10, 50, 64
@@ -83,13 +83,9 @@ def main() -> None:
 
 def fast_network(network: VGGT, mode: str) -> FastVGGT:
     """The fast network on the GPU; FP8 calibrated on eight images of two other scenes."""
-    network.cuda()
-    fast = FastVGGT(network, Policy(LOW[mode]))
+    examples = [pictures(8, seed) for seed in (1, 2)] if mode.startswith("fp8") else []
+    fast = network.cuda().to_inference(LOW[mode], fp8=examples)
     network.cpu()
-    if mode.startswith("fp8"):
-        for seed in (1, 2):
-            fast.calibrate(pictures(8, seed))
-        fast.quantise()
     gc.collect()
     torch.cuda.empty_cache()
     return fast

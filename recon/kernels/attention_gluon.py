@@ -1,4 +1,4 @@
-"""Bounded attention at head width 64 for Hopper with specialised warps, in Gluon (Triton's explicit dialect).
+"""Attention at head width 64 for Hopper with specialised warps, in Gluon (Triton's explicit dialect).
 
 One warp feeds keys and values through the copy engine; each consumer warpgroup owns a tile of queries and overlaps the
 scores of the next keys with the product of the current weights and values, as FlashAttention-3 does (Shah et al. 2024).
@@ -19,20 +19,63 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 
 @gluon.jit
-def _weights(s):
-    """Scores to weights and their sums over what one thread holds of each row."""
-    p = gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
-    quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
-    return p, gl.sum(gl.sum(quads, 3), 1)
+
+
+@gluon.jit
+def _weights(s, top, BOUNDED: gl.constexpr):
+    """Scores to weights, what sums before have to be multiplied by, the new maximum, and the weights' sums.
+
+    Bounded: sums over what one thread holds of each row; there is no maximum, and the factor is not used.
+    """
+    if BOUNDED:
+        p = _exp2(s)
+        quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
+        return p, top, top, gl.sum(gl.sum(quads, 3), 1)
+    else:
+        high = gl.maximum(top, gl.max(s, 1))
+        p = _exp2(s - gl.expand_dims(high, 1))
+        return p, _exp2(top - high), high, gl.sum(p, 1)
+
+
+@gluon.jit
+def _masked(s, start, tokens, BOUNDED: gl.constexpr, layout: gl.constexpr):
+    """Without a bound, keys past the end must not count; with one they weigh exactly 1 and are subtracted later."""
+    if not BOUNDED:
+        if start + s.shape[1] > tokens:
+            column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
+            s = gl.where(gl.expand_dims(column < tokens, 0), s, -float("inf"))
+    return s
 
 
 @gluon.jit
 def _consume(
-    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-    row, column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, TURNS: gl.constexpr, LATE: gl.constexpr,
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
+    column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr,
+):  # fmt: skip
+    if row + index * ROWS < tokens:
+        _attend(
+            index, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row, column,
+            sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+        )  # fmt: skip
+    else:  # nothing to do for this group: it only hands the buffers back
+        for j in range(gl.cdiv(tokens, BLOCK_N)):
+            slot = j % STAGES
+            mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+            mbarrier.arrive(k_free.index(slot), count=1)
+            mbarrier.wait(v_full.index(slot), (j // STAGES) & 1)
+            mbarrier.arrive(v_free.index(slot), count=1)
+
+
+@gluon.jit
+def _attend(
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
+    column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -40,6 +83,7 @@ def _consume(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     steps = gl.cdiv(tokens, BLOCK_N)
     empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
 
     mbarrier.wait(q_full, 0)
     q = q_smem.index(index).reshape([ROWS, 64])
@@ -48,38 +92,39 @@ def _consume(
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0), count=1)
-    weights, sums = _weights(s)
+    weights, fade, top, sums = _weights(_masked(s, 0, tokens, BOUNDED, score_layout), top, BOUNDED)
     p = gl.convert_layout(weights.to(dtype), p_layout)
     acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
     for j in range(1, steps):
         slot = j % STAGES
         mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
-        last = (j - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((j - 1) // STAGES) & 1)
-        if TURNS:  # one group's exponentials run beside the others' products
-            mbarrier.wait(turns.index(index), ((j - 1) & 1) ^ (index == 0))
         k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
         s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+        last = (j - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((j - 1) // STAGES) & 1)
         product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turns.index((index + 1) % GROUPS), count=1)
         s = warpgroup_mma_wait(1, deps=[s])
-        if not LATE:
-            mbarrier.arrive(k_free.index(slot), count=1)
-        weights, more = _weights(s)
-        sums += more
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _masked(s, j * BLOCK_N, tokens, BOUNDED, score_layout)
+        weights, fade, top, more = _weights(s, top, BOUNDED)
         # The product reads its weights from registers: they have to stay until it is done.
         acc, p = warpgroup_mma_wait(0, deps=[product, p])
         mbarrier.arrive(v_free.index(last), count=1)
-        if LATE:
-            mbarrier.arrive(k_free.index(slot), count=1)
+        if BOUNDED:
+            sums += more
+        else:
+            sums = sums * fade + more
+            acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, out_layout)), 1)
         p = gl.convert_layout(weights.to(dtype), p_layout)
     last = (steps - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
     product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[product, p])
 
-    total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, out_layout)) - (steps * BLOCK_N - tokens)
+    if BOUNDED:
+        total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, out_layout)) - (steps * BLOCK_N - tokens)
+    else:
+        total = gl.convert_layout(sums, gl.SliceLayout(1, out_layout))
     acc = acc * gl.expand_dims(out_scale / total, 1)
     tile = o_smem.index(index)
     tile.reshape([ROWS, 64]).store(acc.to(o_smem.dtype))
@@ -113,15 +158,23 @@ def _produce(
 
 
 @gluon.jit
-def bounded_attention_kernel(
+def specialised_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TURNS: gl.constexpr,
-    LATE: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, BOUNDED: gl.constexpr,
+    HEADS: gl.constexpr,
 ):  # fmt: skip
-    """One tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3 (the first has num_warps=4)."""
-    row = gl.program_id(0) * (ROWS * GROUPS)
-    column = gl.program_id(1) * 64
-    sequence = gl.program_id(2)
+    """A tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3, and num_warps 4.
+
+    Programs of one head follow each other, for the cache; tiles that are not full come last of all, where they fill the
+    multiprocessors that the last whole wave leaves idle.
+    """
+    full = tokens // (ROWS * GROUPS)
+    whole = full * HEADS * gl.num_programs(1)
+    tile = gl.program_id(0) + gl.program_id(1) * gl.num_programs(0)
+    place = tile // full if tile < whole else tile - whole
+    row = (tile % full if tile < whole else full) * (ROWS * GROUPS)
+    column = place % HEADS * 64
+    sequence = place // HEADS
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, ROWS, 64], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 64], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 64], v_desc.layout)
@@ -131,10 +184,7 @@ def bounded_attention_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -145,16 +195,16 @@ def bounded_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
                 )),
                 (_consume, (
-                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
+                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
@@ -167,12 +217,12 @@ def bounded_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, turns, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, GROUPS, TURNS, LATE,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
+                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,

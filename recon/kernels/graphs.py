@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Captured:
-    """A call captured once and replayed. Outputs are the same tensors every time: copy what must outlive the next call."""
+    """A call captured once and replayed. Outputs are the same tensors every time: copy what must outlive the next."""
 
     def __init__(self, call: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor, warmup: int = 3) -> None:
         self.input = example.clone()
@@ -29,3 +31,32 @@ class Captured:
         self.input.copy_(images)
         self.graph.replay()
         return self.outputs
+
+
+class Streams:
+    """Second streams by name: work beside the current stream, which `join` waits for.
+
+    A tensor that is read on a second stream has to be kept alive by the caller until after `join`.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[str, torch.cuda.Stream] = {}
+
+    def beside(self, name: str, on: bool) -> AbstractContextManager[Any]:
+        """A second stream that goes on from where the current one is; nothing where `on` is false."""
+        if not on:
+            return nullcontext()
+        side = self._streams.setdefault(name, torch.cuda.Stream())
+        side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(side)
+
+    def join(self, name: str) -> None:
+        """The current stream waits for that one, if it was ever used."""
+        if name in self._streams:
+            torch.cuda.current_stream().wait_stream(self._streams[name])
+
+
+def allow_variants() -> None:
+    """Let torch.compile keep a variant for every level and every count of frames; its limit is 8 a function."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)

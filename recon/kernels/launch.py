@@ -47,8 +47,6 @@ class AttentionTile:
     groups: int = 3
     stages: int = 3
     registers: int = 160
-    turns: bool = False
-    late: bool = False
 
 
 def linear(
@@ -84,20 +82,20 @@ def attention(
 
 def specialised_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
-    out_scale: float = 1.0,
+    bounded: bool, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Bounded attention by `attention_gluon`, 16 bit."""
+    """As `attention`, by `attention_gluon`; 16-bit operands."""
     sequences, tokens = q.shape[:2]
 
     def described(x: Tensor, block: list[int]) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
         return GluonDescriptor.from_tensor(x, block, layout)
 
-    attention_gluon.bounded_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups), heads, sequences)](
+    attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups) * heads, sequences)](
         described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
         tokens, *columns, out_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages, GROUPS=tile.groups,
-        REGISTERS=tile.registers, TURNS=tile.turns, LATE=tile.late, num_warps=4,
+        REGISTERS=tile.registers, BOUNDED=bounded, HEADS=heads, num_warps=4,
     )  # fmt: skip
 
 
@@ -152,14 +150,10 @@ def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
     sequences, tokens = q.shape[:2]
-    few = sequences * heads * triton.cdiv(tokens, 128) < 4 * 132
-    if bounded and tokens >= 4096:
-        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, out_scale)
-    elif few:
-        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=2, out_scale=out_scale)
+    if triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128:  # else too few for the card
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale)
     else:
-        m, stages = (128, 3) if bounded else (64, 4)
-        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=m, n=64, stages=stages, out_scale=out_scale)
+        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=2, out_scale=out_scale)
 
 
 WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)
@@ -178,13 +172,15 @@ def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None,
     )  # fmt: skip
 
 
-def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None, out: Tensor, gelu: bool) -> None:
-    """a [rows <= 8, K] x weight [N,K]^T, FP32; N % 8 == 0, K % 256 == 0."""
+def few_rows(
+    a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None, out: Tensor, gelu: bool
+) -> None:
+    """a [rows <= 8, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 8 == 0, K % 512 == 0."""
     (rows, k), n = a.shape, weight.shape[0]
     padded = triton.next_power_of_2(rows)
-    block_n, block_k, warps = (4, 512, 4) if padded <= 2 else (8, 256, 8)
+    block_n, block_k, warps = (4, 1024 if k % 1024 == 0 else 512, 4) if padded == 1 else (4, 512, 8)
     small_triton.few_rows_kernel[(n // block_n,)](
-        a, weight, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
+        a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
         BLOCK_N=block_n, BLOCK_K=block_k, GELU=gelu, ADD=addend is not None, num_warps=warps,
     )  # fmt: skip
 

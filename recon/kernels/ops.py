@@ -15,6 +15,7 @@ from recon.errors import ReconError
 from recon.kernels import reference
 
 HEAD = 64
+FEW = 8
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -119,18 +120,25 @@ def _(
     return _enlarged(x, height, width)
 
 
-def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """FP32 product of at most 8 rows, which costs what reading the weight costs; GELU, then addend."""
-    if not a.is_cuda:
-        return reference.few_rows(a, weight, bias, addend, gelu)
+def few_rows(
+    a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """FP32 product with a weight [N,K] in FP16 of one FP32 scale a row; GELU, then addend.
+
+    Up to 8 rows it costs what reading the weight costs; more rows go through a general product.
+    """
+    if not a.is_cuda or a.shape[0] > FEW:
+        return reference.few_rows(a, weight, scale, bias, addend, gelu)
+    if weight.shape[0] % 8 or weight.shape[1] % 512:
+        raise ReconError(f"few_rows: weight {tuple(weight.shape)}", "rows must divide by 8 and columns by 512")
     out = a.new_empty(a.shape[0], weight.shape[0])
-    _launch().few_rows(a, weight, bias, addend, out, gelu)
+    _launch().few_rows(a.contiguous(), weight, scale, bias, addend, out, gelu)
     return out
 
 
 def few_tokens_attention(qkv: Tensor, heads: int) -> Tensor:
-    """FP32 attention over at most 8 tokens: qkv [rows, 3C], queries scaled -> [rows, C]."""
-    if not qkv.is_cuda:
+    """FP32 attention over one short sequence: qkv [rows, 3C], queries scaled -> [rows, C]; fast up to 8 rows."""
+    if not qkv.is_cuda or qkv.shape[0] > FEW:
         return reference.few_tokens_attention(qkv, heads)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     _launch().few_tokens_attention(qkv, out, heads)

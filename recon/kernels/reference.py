@@ -78,9 +78,9 @@ def enlarge(x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | N
     return value.to(x.dtype, memory_format=torch.channels_last)
 
 
-def few_rows(a: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None, gelu: bool) -> Tensor:
-    """a [rows,K] x weight [N,K]^T + bias, then exact GELU, then + addend; FP32."""
-    value = F.linear(a, weight, bias)
+def few_rows(a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None, gelu: bool) -> Tensor:
+    """a [rows,K] FP32 x (weight [N,K] * scale [N])^T + bias, then exact GELU, then + addend; FP32."""
+    value = F.linear(a, weight.float() * scale[:, None], bias)
     value = F.gelu(value) if gelu else value
     return value if addend is None else value + addend
 

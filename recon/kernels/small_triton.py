@@ -8,19 +8,19 @@ import triton.language as tl
 
 @triton.jit
 def few_rows_kernel(
-    a, weight, bias, addend, out, N, K: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+    a, weight, scale, bias, addend, out, N, K: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """a [ROWS,K] x weight [N,K]^T + bias (GELU; + addend [ROWS,N]) -> out [ROWS,N], all FP32 multiply-adds."""
+    """a [ROWS,K] x (weight [N,K] * scale [N])^T + bias (GELU; + addend [ROWS,N]) -> out [ROWS,N]; FP32 multiply-adds."""
     row = tl.arange(0, PADDED)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([PADDED, BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=4):
         k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(weight + column[:, None].to(tl.int64) * K + k[None, :], eviction_policy="evict_first")
+        w = tl.load(weight + column[:, None].to(tl.int64) * K + k[None, :], eviction_policy="evict_first").to(tl.float32)
         x = tl.load(a + row[:, None] * K + k[None, :], (row < ROWS)[:, None], 0.0)
         acc += x[:, None, :] * w[None, :, :]
-    value = tl.sum(acc, 2) + tl.load(bias + column)[None, :]
+    value = tl.sum(acc, 2) * tl.load(scale + column)[None, :] + tl.load(bias + column)[None, :]
     if GELU:
         value = 0.5 * value * (1 + tl.erf(value * 0.70710678118654752))
     inside = (row < ROWS)[:, None]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from recon.errors import ReconError
 from recon.weights import seeded_state
+
+if TYPE_CHECKING:
+    from recon.depth.nets.fast import FastDisparity
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -65,6 +68,23 @@ class DisparityNet(nn.Module):
             if index in backbone.out_indices:
                 taps.append(backbone.layernorm(x))
         return (self.model.head(self.model.neck(taps, *self.grid), *self.grid),)
+
+    def to_inference(
+        self, dtype: torch.dtype = torch.float16, *, fp8: Sequence[Tensor] = (), compile: bool = True
+    ) -> FastDisparity:
+        """A second network of the same function for inference, on this one's device; see `fast` for what is low.
+
+        dtype: torch.float16 or torch.bfloat16. fp8: example inputs; with some, the products of the backbone are E4M3
+        with static scales from their ranges. compile: the dense head through torch.compile.
+        """
+        from recon.depth.nets.fast import FastDisparity
+
+        network = FastDisparity(self, dtype, compile)
+        for pixel_values in fp8:
+            network.calibrate(pixel_values)
+        if fp8:
+            network.quantise()
+        return network
 
 
 def build(size: tuple[int, int], *, seed: int | None, architecture: str, folder: Path | None) -> DisparityNet:

@@ -6,7 +6,7 @@ FP32 stay the residual stream, every norm and softmax, all accumulation, and the
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from recon.depth.nets.depth_anything import DisparityNet
 from recon.errors import ReconError
 from recon.kernels import ops
+from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, observe
 
 SPECIALS = 1  # the class token
+EARLY_IMAGES = 2  # up to this many, which do not fill the card, the dense head starts beside the encoder
 
 
 class FastDisparity(nn.Module):
@@ -54,7 +56,12 @@ class FastDisparity(nn.Module):
         convs = [layer.projection for layer in network.model.neck.fusion_stage.layers] + [network.model.head.conv1]
         for i, conv in enumerate(convs):
             self.register_buffer(f"bias{i}", conv.bias.detach().float().clone(), persistent=False)
-        self.dense = torch.compile(self._dense, fullgraph=True, dynamic=False) if compile else self._dense
+        self.streams = Streams()
+        self.level, self.fuse = self._level, self._fuse
+        if compile:
+            allow_variants()
+            self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
+            self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
@@ -64,15 +71,21 @@ class FastDisparity(nn.Module):
         x = torch.cat([self.lead.expand(images, -1, -1), patches], 1).contiguous()
         rows = x.view(-1, width)
         blocks: list[FastBlock] = list(self.blocks)  # type: ignore[arg-type]
-        normed, taps = blocks[0].norm1(rows), []
+        normed = blocks[0].norm1(rows)
+        early = x.is_cuda and images <= EARLY_IMAGES
+        taps: list[Tensor] = []  # kept: another stream may read them
+        levels: list[Tensor] = []
         for i, block in enumerate(blocks, 1):
             following = blocks[i].norm1 if i < len(blocks) else self.norm
             normed = block(rows, normed, following, images)
             if i in self.taps:
                 norm = self.norm
-                tap = ops.layer_norm(rows, norm.weight, norm.bias, norm.eps, self.dtype)
-                taps.append(tap.view(images, -1, width))
-        return (self.dense(taps),)
+                taps.append(ops.layer_norm(rows, norm.weight, norm.bias, norm.eps, self.dtype).view(images, -1, width))
+                with self.streams.beside("dense", early):
+                    levels.append(self.level(len(levels), taps[-1]))
+        if early:
+            self.streams.join("dense")
+        return (self.fuse(levels),)
 
     def calibrate(self, pixel_values: Tensor) -> None:
         """Note the range of every product's input over example images; may be called again with more."""
@@ -106,16 +119,18 @@ class FastDisparity(nn.Module):
         flat = F.pad(flat, (0, self.kernel.shape[1] - flat.shape[1]))
         return (flat @ self.kernel.t()).view(count, -1, self.kernel.shape[0]).float() + self.offset
 
-    def _dense(self, taps: list[Tensor]) -> Tensor:
+    def _level(self, index: int, tap: Tensor) -> Tensor:
+        """A tap as far as it goes alone: projected, resized, and through the first unit of its fusion."""
         neck: Any = self.neck
-        levels = []
-        for tap, layer, conv in zip(taps, neck.reassemble_stage.layers, neck.convs, strict=True):
-            image = tap[:, SPECIALS:].reshape(-1, *self.grid, tap.shape[-1]).permute(0, 3, 1, 2)
-            levels.append(conv(layer(image)))
+        image = tap[:, SPECIALS:].reshape(-1, *self.grid, tap.shape[-1]).permute(0, 3, 1, 2)
+        x: Tensor = neck.convs[index](neck.reassemble_stage.layers[index](image))
+        return x if index == 3 else neck.fusion_stage.layers[3 - index].residual_layer1(x)  # type: ignore[no-any-return]
+
+    def _fuse(self, levels: list[Tensor]) -> Tensor:
         x = levels[3]
-        for i, fusion in enumerate(neck.fusion_stage.layers):
+        for i, fusion in enumerate(cast(Any, self.neck).fusion_stage.layers):
             level = 3 - i
-            x = fusion.residual_layer2(x if i == 0 else x + fusion.residual_layer1(levels[level]))
+            x = fusion.residual_layer2(x if i == 0 else x + levels[level])
             height, width = levels[level - 1].shape[2:] if level else (2 * x.shape[2], 2 * x.shape[3])
             # the 1x1 projection commutes with the resize, and costs a quarter before it
             x = ops.enlarge(F.conv2d(x, fusion.projection.weight), height, width, self.get_buffer(f"bias{i}"))

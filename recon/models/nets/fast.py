@@ -1,16 +1,14 @@
 """VGGT for inference: the same function as `vggt.VGGT`, in 16 bit or FP8 where that does no harm.
 
-FP32 stay the residual stream, every norm, rotation and softmax, all accumulation, the whole camera head and the last
-1x1 convolution with the exponentials. Low are the matrix products, the operands of attention and the convolutions.
+FP32 stay the residual stream, every norm, rotation and softmax, all accumulation, the camera head (with weights stored
+in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the operands of attention and the convolutions.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from recon.errors import ReconError
 from recon.kernels import ops
+from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, observe
 from recon.models.nets.aggregator import Aggregator
 from recon.models.nets.blocks import Block
@@ -33,13 +32,11 @@ EARLY_FRAMES = 2  # up to this many, a dense head starts beside the trunk
 class Policy:
     """How a fast network computes.
 
-    dtype: of products, attention's operands and convolutions; float16 is 7 to 8 times closer to FP32 than bfloat16 and
-    equally fast, but overflows where an activation passes 65504. fp8: products of the transformer blocks in E4M3 with
-    static scales; needs `calibrate`. compile: the dense heads through torch.compile.
+    dtype: of products, attention's operands and convolutions; float16 is 5 times closer to FP32 than bfloat16, but
+    overflows where an activation passes 65504, and draws more power. compile: the dense heads through torch.compile.
     """
 
     dtype: torch.dtype = torch.bfloat16
-    fp8: bool = False
     compile: bool = True
 
     def __post_init__(self) -> None:
@@ -58,7 +55,7 @@ class FastVGGT(nn.Module):
         self.camera_head = FastCamera(network.camera_head) if "camera" in self.parts else None
         dense = [part for part in self.parts if part in ("depth", "points")]
         self.dense = nn.ModuleDict({part: FastDense(getattr(network, HEADS[part]), policy, network.specials) for part in dense})
-        self._sides: dict[str, torch.cuda.Stream] = {}
+        self.streams = Streams()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -75,18 +72,18 @@ class FastVGGT(nn.Module):
             for part, head in self.dense.items():
                 tap = head.tap(local, x)  # type: ignore[operator]
                 kept.append(tap)
-                with self._beside("dense", early):
+                with self.streams.beside("dense", early):
                     levels[part].append(head.level(len(levels[part]), tap) if early else tap)  # type: ignore[operator]
 
         cameras = self.trunk(self.encoder(images), tapped)
         outputs: list[Tensor] = []
         if self.camera_head is not None:
-            with self._beside("camera", images.is_cuda):
+            with self.streams.beside("camera", images.is_cuda):
                 outputs.append(self.camera_head(cameras))
-        self._join("dense")
+        self.streams.join("dense")
         for part, head in self.dense.items():
             outputs += head.fuse(levels[part]) if early else head(levels[part])  # type: ignore[operator]
-        self._join("camera")
+        self.streams.join("camera")
         return tuple(outputs)
 
     def blocks(self) -> list[FastBlock]:
@@ -104,18 +101,6 @@ class FastVGGT(nn.Module):
         for block in self.blocks():
             for product in block.products():
                 product.quantise()
-
-    def _beside(self, name: str, on: bool) -> AbstractContextManager[Any]:
-        """A second stream that goes on from where the current one is."""
-        if not on:
-            return nullcontext()
-        side = self._sides.setdefault(name, torch.cuda.Stream())
-        side.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(side)
-
-    def _join(self, name: str) -> None:
-        if name in self._sides:
-            torch.cuda.current_stream().wait_stream(self._sides[name])
 
 
 class FastEncoder(nn.Module):
@@ -208,19 +193,20 @@ class FastDense(nn.Module):
         last = head.scratch.output_conv2[2]
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
-        tables = {"last_weight": last.weight[:, :, 0, 0], "last_bias": last.bias}
-        tables |= {name: value for name, value in head.named_buffers() if not name.startswith("full")}
+        tables = {"last_weight": last.weight[:, :, 0, 0].clone(), "last_bias": last.bias.clone()}
+        for i in range(len(self.projects)):  # type: ignore[arg-type]
+            place = head.get_buffer(f"level{i}_across") + head.get_buffer(f"level{i}_down")
+            tables[f"place{i}"] = place.contiguous(memory_format=torch.channels_last)
         tables["full_across"] = head.get_buffer("full_across")[0, :, 0].t().contiguous()
         tables["full_down"] = head.get_buffer("full_down")[0, :, :, 0].t().contiguous()
         for name, conv in self.scratch.named_modules():
             if name.endswith("out_conv") or name == "output_conv1":
-                tables[f"bias_{name.split('.')[0]}"] = conv.bias  # type: ignore[assignment]
+                tables[f"bias_{name.split('.')[0]}"] = conv.bias.float()  # type: ignore[assignment]
         for name, value in tables.items():
-            self.register_buffer(name, value.detach().float().clone(), persistent=False)
+            self.register_buffer(name, value.detach().float(), persistent=False)
         self.level, self.fuse = self._level, self._fuse
         if policy.compile:
-            limit = torch._dynamo.config  # every level and every count of frames is a variant of its own
-            limit.recompile_limit = max(limit.recompile_limit, 64)
+            allow_variants()
             self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
             self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
 
@@ -243,7 +229,7 @@ class FastDense(nn.Module):
         """A tap as far as it goes alone: projected, placed, resized, and through the first unit of its fusion."""
         image = tap.reshape(-1, *self.grid, tap.shape[-1]).permute(0, 3, 1, 2)  # channels last as it lies
         x = self.projects[index](image)
-        x = (x + self.get_buffer(f"level{index}_across") + self.get_buffer(f"level{index}_down")).to(self.dtype)
+        x = (x + self.get_buffer(f"place{index}")).to(self.dtype)
         x = self.scratch.get_submodule(f"layer{index + 1}_rn")(self.resize_layers[index](x))
         return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)  # type: ignore[no-any-return, union-attr, operator]
 

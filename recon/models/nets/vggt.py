@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from recon.models.nets.camera_head import CameraHead
 from recon.models.nets.config import OUTPUTS, Part, VGGTConfig
 from recon.models.nets.dpt import DPTHead
 from recon.weights import read_checkpoint, require_equal, seeded_state
+
+if TYPE_CHECKING:
+    from recon.models.nets.fast import FastVGGT
 
 HEADS: dict[Part, str] = {"camera": "camera_head", "depth": "depth_head", "points": "point_head"}
 TRACKER = "track_head."
@@ -68,6 +72,23 @@ class VGGT(nn.Module):
             self.camera_head.finish()
         for part in set(self.parts) & {"depth", "points"}:
             getattr(self, HEADS[part]).finish(rows, columns)
+
+    def to_inference(
+        self, dtype: torch.dtype = torch.bfloat16, *, fp8: Sequence[Tensor] = (), compile: bool = True
+    ) -> FastVGGT:
+        """A second network of the same function for inference, on this one's device; see `fast` for what is low.
+
+        dtype: torch.bfloat16 or torch.float16. fp8: example inputs [S,3,H,W], any S; with some, the products of the
+        transformer blocks are E4M3 with static scales from their ranges. compile: dense heads through torch.compile.
+        """
+        from recon.models.nets.fast import FastVGGT, Policy
+
+        network = FastVGGT(self, Policy(dtype, compile))
+        for images in fp8:
+            network.calibrate(images)
+        if fp8:
+            network.quantise()
+        return network
 
 
 def build(

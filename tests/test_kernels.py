@@ -1,0 +1,301 @@
+"""Kernels and the fast networks built from them: torch twins against plain formulas, Triton against the twins (gpu)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recon.depth.nets.depth_anything import build as build_depth
+from recon.errors import ReconError
+from recon.kernels import ops, reference
+from recon.kernels.transformer import BlockWeights, FastBlock, Norm, Product, score_bound
+from recon.models.nets.blocks import rotate, rotation_table
+from recon.models.nets.config import PRESETS
+from recon.models.nets.vggt import build
+
+E4M3 = torch.float8_e4m3fn
+
+
+def rel(found, wanted) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def draw(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+# --- twins -----------------------------------------------------------------------------------------------------------
+
+
+def test_cast_saturates_and_scales() -> None:
+    value = torch.tensor([-1e4, -1.0, 0.0, 3.0, 1e4])
+    assert reference.cast(value, E4M3, 2.0).float().tolist() == [-448, -2, 0, 6, 448]
+    assert reference.cast(value, torch.float32).tolist() == value.tolist()
+
+
+def test_add_layer_norm_is_both_and_keeps_the_sum() -> None:
+    x, change, weight, bias = draw(5, 64), draw(5, 64, seed=1), draw(64, seed=2), draw(64, seed=3)
+    total = x + change
+    normed = reference.add_layer_norm(x, change, weight, bias, 1e-6, torch.float32, 0.5)
+    assert torch.equal(x, total)
+    assert torch.allclose(normed, 0.5 * F.layer_norm(total, (64,), weight, bias, 1e-6))
+
+
+def test_joined_layer_norm_drops_special_tokens() -> None:
+    left, right, weight, bias = draw(2, 7, 8), draw(2, 7, 8, seed=1), draw(16, seed=2), draw(16, seed=3)
+    wanted = F.layer_norm(torch.cat([left, right], -1), (16,), weight, bias, 1e-5)[:, 5:]
+    assert torch.equal(reference.joined_layer_norm(left, right, weight, bias, 1e-5, torch.float32, 5), wanted)
+
+
+def test_qk_norm_rotate_is_what_the_plain_network_does() -> None:
+    heads, width, frames = 2, 16, 3
+    cos, sin = rotation_table(2, 3, width, specials=5)
+    qkv = draw(frames * 11, 3 * heads * width)
+    weights, biases = draw(2, width, seed=1), draw(2, width, seed=2)
+    q, k, _ = (part.reshape(frames, 11, heads, width) for part in qkv.chunk(3, -1))
+    q, k = (
+        rotate(F.layer_norm(part, (width,), weights[i], biases[i], 1e-5), (cos, sin)) for i, part in enumerate((q, k))
+    )
+    wanted = torch.cat([4 * q.reshape(33, -1), k.reshape(33, -1)], -1)
+    found = reference.qk_norm_rotate(qkv, weights, biases, cos[:, 0], sin[:, 0], heads, 1e-5, 4.0)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_attention_weighs_by_powers_of_two() -> None:
+    q, k, v = draw(2, 9, 32), draw(2, 9, 32, seed=1), draw(2, 9, 32, seed=2)
+    found = reference.attention(q, k, v, 2, torch.float32, 3.0)
+    for head in (slice(0, 16), slice(16, 32)):
+        weights = 2 ** (q[..., head] @ k[..., head].mT)
+        assert torch.allclose(found[..., head], 3 * weights @ v[..., head] / weights.sum(-1, keepdim=True), atol=1e-4)
+
+
+def test_enlarge_puts_corners_on_corners() -> None:
+    x, bias, across, down = draw(1, 4, 3, 5), draw(4, seed=1), draw(9, 4, seed=2), draw(6, 4, seed=3)
+    found = ops.enlarge(x, 6, 9, bias, across, down)
+    corner = x[0, :, 2, 4] + bias + across[8] + down[5]
+    assert torch.allclose(found[0, :, 5, 8], corner, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_few_rows_in_half_with_row_scales() -> None:
+    a, weight, bias, addend = draw(3, 32), draw(16, 32, seed=1), draw(16, seed=2), draw(3, 16, seed=3)
+    scale = weight.abs().amax(1)
+    found = ops.few_rows(a, (weight / scale[:, None]).half(), scale, bias, addend, gelu=True)
+    assert rel(found, F.gelu(a @ weight.T + bias) + addend) < 1e-3
+
+
+def test_few_tokens_attention() -> None:
+    qkv = draw(5, 3 * 32)
+    q, k, v = (part.reshape(5, 2, 16).transpose(0, 1) for part in qkv.chunk(3, -1))
+    wanted = (torch.softmax(q @ k.mT, -1) @ v).transpose(0, 1).reshape(5, 32)
+    assert torch.allclose(ops.few_tokens_attention(qkv, 2), wanted, atol=1e-5)
+
+
+# --- blocks and networks ---------------------------------------------------------------------------------------------
+
+
+def test_the_bound_holds_for_the_worst_tokens() -> None:
+    weights, biases = draw(2, 64).abs(), draw(2, 64, seed=1)
+    bound = score_bound(weights, biases)
+    tokens = F.layer_norm(torch.cat([draw(500, 64, seed=2), 50 * torch.eye(64)]), (64,))
+    q, k = (tokens * weights[i] + biases[i] for i in range(2))
+    assert float((q @ k.T).abs().max()) * math.log2(math.e) <= bound
+
+
+def test_scores_without_a_safe_bound_take_the_running_form() -> None:
+    def block(factor: float) -> FastBlock:
+        pair = {name: (draw(size, 64), draw(size)) for name, size in {"qkv": 192, "proj": 64, "fc1": 256}.items()}
+        norm = (torch.ones(64), torch.zeros(64))
+        return FastBlock(
+            BlockWeights(
+                norm, pair["qkv"], pair["proj"], norm, pair["fc1"], (draw(64, 256), draw(64)), 1, 1e-5,
+                (torch.full((2, 64), factor), torch.zeros(2, 64)),
+            ),
+            torch.bfloat16,
+        )  # fmt: skip
+
+    assert block(0.35).bounded  # trained and seeded norms of VGGT, with the softmax scale in the queries
+    assert not block(3.0).bounded
+
+
+def test_products_refuse_to_quantise_unseen() -> None:
+    product = Product(draw(8, 16), draw(8), torch.bfloat16)
+    with pytest.raises(ReconError, match="no input was observed"):
+        product.quantise()
+
+
+def test_quantised_product_is_close_and_its_norm_feeds_it() -> None:
+    product = Product(draw(32, 64), draw(32, seed=1), torch.bfloat16)
+    norm = Norm(torch.ones(64), torch.zeros(64), 1e-5, product)
+    x = draw(40, 64, seed=2)
+    product.observing = True
+    wanted = product(norm(x))
+    product.observing = False
+    product.quantise()
+    low = norm(x)
+    assert low.dtype == E4M3
+    assert 400 < float(low.float().abs().max()) <= 448
+    assert rel(product(low), wanted) < 5e-2
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_fast_vggt_is_the_same_function(dtype, limit) -> None:
+    network = build(PRESETS["vggt-twin"], ("camera", "depth", "points"), (56, 84), seed=0)
+    images = torch.rand(3, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = network(images)
+    errors = [rel(a, b) for a, b in zip(network.to_inference(dtype, compile=False)(images), wanted, strict=True)]
+    assert max(errors) < limit
+    assert min(errors) > 1e-5  # it is not the FP32 network
+
+
+def test_fp8_vggt_is_calibrated_on_other_images() -> None:
+    network = build(PRESETS["vggt-twin"], ("camera", "depth"), (56, 56), seed=0)
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    others = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted = network(images)
+    fast = network.to_inference(torch.bfloat16, fp8=[others], compile=False)
+    assert all(product.input_dtype == E4M3 for block in fast.blocks() for product in block.products())
+    errors = [rel(a, b) for a, b in zip(fast(images), wanted, strict=True)]
+    assert max(errors) < 8e-2
+
+
+def test_frames_in_chunks_change_nothing(monkeypatch) -> None:
+    from recon.models.nets import fast
+
+    network = build(PRESETS["vggt-twin"], ("depth",), (56, 56), seed=0).to_inference(torch.float16, compile=False)
+    images = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    whole = network(images)
+    monkeypatch.setattr(fast, "FRAMES_AT_ONCE", 2)
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(network(images), whole, strict=True))
+
+
+def test_fast_network_leaves_the_plain_one_alone() -> None:
+    network = build(PRESETS["vggt-twin"], ("camera", "depth"), (56, 56), seed=0)
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = network(images)
+    network.to_inference(torch.float16, fp8=[images], compile=False)(images)
+    with torch.inference_mode():
+        assert all(torch.equal(a, b) for a, b in zip(network(images), before, strict=True))
+
+
+def test_the_dense_head_traces_whole() -> None:
+    network = build(PRESETS["vggt-twin"], ("depth",), (56, 84), seed=0).to_inference(torch.bfloat16, compile=False)
+    head = network.dense["depth"]
+    taps = [draw(2, 24, 128, seed=i).bfloat16() for i in range(4)]
+    level = torch.compile(head._level, fullgraph=True, dynamic=False, backend="aot_eager")
+    fuse = torch.compile(head._fuse, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch.no_grad():
+        found = fuse([level(i, tap) for i, tap in enumerate(taps)])
+        assert all(torch.equal(a, b) for a, b in zip(found, head(taps), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
+def test_fast_depth_is_the_same_function(dtype, limit) -> None:
+    network = build_depth((56, 84), seed=0, architecture="twin", folder=None)
+    images = draw(2, 3, 56, 84)
+    with torch.inference_mode():
+        (wanted,) = network(images)
+    assert 1e-5 < rel(network.to_inference(dtype, compile=False)(images)[0], wanted) < limit
+    assert rel(network.to_inference(dtype, fp8=[draw(2, 3, 56, 84, seed=1)], compile=False)(images)[0], wanted) < 5e-2
+
+
+def test_odd_dtypes_are_refused() -> None:
+    network = build(PRESETS["vggt-twin"], ("camera",), (56, 56), seed=0)
+    with pytest.raises(ReconError, match="float64"):
+        network.to_inference(torch.float64)
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+cuda = pytest.mark.gpu
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, E4M3])
+@pytest.mark.parametrize("width", [384, 1024])
+def test_layer_norms_on_the_gpu(dtype, width) -> None:
+    x, change = draw(37, width, device="cuda"), draw(37, width, seed=1, device="cuda").bfloat16()
+    weight, bias = draw(width, seed=2, device="cuda"), draw(width, seed=3, device="cuda")
+    limit = 4e-2 if dtype == E4M3 else 4e-3
+    wanted = reference.layer_norm(x, weight, bias, 1e-6, torch.float32, 3.0)
+    assert rel(ops.layer_norm(x, weight, bias, 1e-6, dtype, 3.0).float(), wanted) < limit
+    y = x.clone()
+    wanted = reference.add_layer_norm(x, change, weight, bias, 1e-6, torch.float32, 3.0)
+    assert rel(ops.add_layer_norm(y, change, weight, bias, 1e-6, dtype, 3.0).float(), wanted) < limit
+    assert torch.equal(x, y)
+    pair = (draw(2, 9, width, device="cuda"), draw(2, 9, width, seed=1, device="cuda"))
+    weight, bias = draw(2 * width, seed=2, device="cuda"), draw(2 * width, seed=3, device="cuda")
+    wanted = reference.joined_layer_norm(*pair, weight, bias, 1e-5, torch.float32, 5)
+    assert rel(ops.joined_layer_norm(*pair, weight, bias, 1e-5, dtype, 5).float(), wanted) < limit
+
+
+@cuda
+@pytest.mark.parametrize("heads", [6, 16])
+def test_qk_norm_rotate_on_the_gpu(heads) -> None:
+    angle = draw(11, 32, device="cuda")
+    tables = angle.cos(), angle.sin()
+    qkv = draw(33, 192 * heads, device="cuda").bfloat16()
+    settings = (draw(2, 64, seed=1, device="cuda"), draw(2, 64, seed=2, device="cuda"), *tables, heads, 1e-5, 1.44)
+    assert rel(ops.qk_norm_rotate(qkv, *settings), reference.qk_norm_rotate(qkv, *settings)) < 1e-3
+
+
+@cuda
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize(("sequences", "tokens", "heads"), [(8, 1374, 16), (1, 1370, 6), (1, 5000, 16), (3, 100, 2)])
+def test_attention_on_the_gpu(bounded, sequences, tokens, heads) -> None:
+    qkv = draw(sequences, tokens, 3, heads, 64, device="cuda")
+    qkv[:, :, :2] = F.layer_norm(qkv[:, :, :2], (64,))
+    qkv[:, :, 0] *= math.log2(math.e) / 8
+    q, k, v = qkv.reshape(sequences, tokens, -1).bfloat16().chunk(3, -1)
+    found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=bounded)
+    assert rel(found, reference.attention(q, k, v, heads, torch.float32)) < 5e-3
+
+
+@cuda
+def test_gelu_and_fused_product_on_the_gpu() -> None:
+    x = 4 * draw(100, 384, device="cuda").bfloat16()
+    assert rel(ops.gelu(x, torch.bfloat16, 2.0), reference.gelu(x, torch.float32, 2.0)) < 4e-3
+    a, w, bias = draw(5000, 1024, device="cuda"), draw(512, 1024, seed=1, device="cuda"), draw(512, device="cuda")
+    a8, w8 = reference.cast(a, E4M3, 50.0), reference.cast(w, E4M3, 50.0)
+    wanted = reference.gelu(a8.float() @ w8.float().T / 2500 / 32 + bias, torch.float32, 7.0)
+    found = ops.linear_gelu(a8, w8, bias, 1 / 2500 / 32, E4M3, 7.0)
+    assert rel(found.float(), wanted) < 4e-2
+
+
+@cuda
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_few_rows_on_the_gpu(rows) -> None:
+    a, weight, bias = draw(rows, 2048, device="cuda"), draw(96, 2048, seed=1, device="cuda"), draw(96, device="cuda")
+    addend, scale = draw(rows, 96, seed=2, device="cuda"), weight.abs().amax(1)
+    half = (weight / scale[:, None]).half()
+    wanted = F.gelu(a.double() @ (half.double() * scale.double()[:, None]).T + bias.double()) + addend.double()
+    assert rel(ops.few_rows(a, half, scale, bias, addend, gelu=True), wanted) < 1e-6
+    qkv = draw(rows, 3 * 256, device="cuda")
+    assert rel(ops.few_tokens_attention(qkv, 2), reference.few_tokens_attention(qkv.cpu(), 2).cuda()) < 1e-5
+
+
+@cuda
+@pytest.mark.parametrize("channels", [32, 128])
+def test_enlarge_on_the_gpu(channels) -> None:
+    x = draw(2, channels, 19, 23, device="cuda").half()
+    bias, across, down = (draw(*shape, device="cuda") for shape in ((channels,), (41, channels), (37, channels)))
+    assert rel(ops.enlarge(x, 37, 41, bias, across, down), reference.enlarge(x, 37, 41, bias, across, down)) < 1e-3
+
+
+@cuda
+@pytest.mark.parametrize("views", [1, 3])
+def test_fast_vggt_as_a_graph_on_the_gpu(views) -> None:
+    from recon.kernels.graphs import Captured
+
+    network = build(PRESETS["vggt-mini"], ("camera", "depth"), (112, 112), seed=0).cuda()
+    images = torch.rand(views, 3, 112, 112, device="cuda")
+    with torch.inference_mode():
+        wanted = network(images)
+    captured = Captured(network.to_inference(torch.float16, compile=False), torch.rand_like(images))
+    for _ in range(3):
+        errors = [rel(a, b) for a, b in zip(captured(images), wanted, strict=True)]
+        assert max(errors) < 1e-2
