@@ -1,0 +1,369 @@
+"""engine=inductor on a GPU: packages of every format built, certified, compared with FP32 and timed. Needs torch alone.
+
+    python benchmarks/inductor_gpu.py --out inductor_gpu.json [--networks da-small vggt-mini vggt-twin] [--modes ...]
+                                      [--jobs 6] [--autotune] [--samples 50] [--device cuda]
+
+Packages are built at once in `--jobs` processes (compiling keeps CPU cores busy, hardly the GPU), then opened and timed
+one after another: inputs on the device before the clock starts, CUDA events, warm-up 10, raw samples in the JSON, which
+is written after every row. Errors are relative L2 against eager FP32 without TF32 on the same device, on inputs that
+calibration did not see. `da-small` is the published architecture of Depth Anything V2 Small with seeded weights: its
+times are those of the model, its errors are not. Weight-only formats are rounded by the script itself, in the layouts of
+bitsandbytes, which need not be there. Eager PyTorch is timed beside each network, as it comes (`torch-fp32`) and under
+autocast in a CUDA graph (`torch-<format>-graph`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon.artifact import obtain
+from recon.compare import compare
+from recon.engines import Build, Session
+from recon.engines.inductor import Inductor
+from recon.engines.torch import Torch
+from recon.errors import ReconError
+from recon.formats import LayerFormat, LayerInfo, QuantizedWeight, Ranges, Recipe
+from recon.lowbit.support import full_fp32
+from recon.network import Network
+from recon.precision import Precision
+from recon.quant import QuantMode
+from recon.quant.none import NoQuant
+from recon.quant.torch_dynamic import TorchDynamic
+from recon.quantise import make_recipe
+
+WARMUP = 10
+CALIBRATION_SEEDS, ERROR_SEEDS = range(100, 104), range(200, 203)
+NF4 = [  # Dettmers et al. 2023, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+@dataclass
+class Rounded(QuantMode):
+    """Weight-only INT8 per channel and NF4 in blocks of 64, rounded to nearest."""
+
+    format: str = "int8"
+
+    def layer_format(self) -> LayerFormat:
+        return LayerFormat("int8") if self.format == "int8" else LayerFormat("nf4", block=64)
+
+    def why_not(self, layer: LayerInfo) -> str:
+        return "not whole blocks" if self.format == "nf4" and layer.in_features % 64 else ""
+
+    def quantise(self, weight: Tensor, layer: LayerInfo) -> QuantizedWeight:
+        if self.format == "int8":
+            scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+            return QuantizedWeight(self.layer_format(), (weight / scale[:, None]).round().to(torch.int8), scale)
+        book, blocks = torch.tensor(NF4), weight.reshape(weight.shape[0], -1, 64)
+        scale = blocks.abs().amax(-1).clamp_min(1e-12)
+        codes = torch.bucketize(blocks / scale[..., None], (book[1:] + book[:-1]) / 2).to(torch.uint8)
+        return QuantizedWeight(self.layer_format(), codes.reshape(weight.shape), scale, codebook=book)
+
+
+MODES: dict[str, tuple[QuantMode, Precision]] = {
+    "fp32": (NoQuant(name="none"), Precision(name="fp32")),
+    "bf16": (NoQuant(name="none"), Precision(name="bf16")),
+    "fp16": (NoQuant(name="none"), Precision(name="fp16")),
+    "fp8": (NoQuant(name="none"), Precision(name="fp8", rest="fp16")),
+    "int8": (NoQuant(name="none"), Precision(name="int8", rest="fp16")),
+    "int8-dynamic": (TorchDynamic(name="torch-int8-dynamic"), Precision(name="fp16")),
+    "int8-stored": (Rounded(name="int8"), Precision(name="fp16")),
+    "nf4-stored": (Rounded(name="nf4", format="nf4"), Precision(name="fp16")),
+}
+
+
+def network(name: str) -> Network:
+    """One of the networks by the names of the command line."""
+    from recon.depth.depth_anything import DepthAnything
+    from recon.models.vggt import VGGT
+
+    if name == "da-small":
+        found = DepthAnything(name=name, weights="seeded:0", architecture="small", input_size=518).network()
+    elif name == "vggt-mini":
+        weights = "packaged:vggt-mini.safetensors"
+        found = VGGT(name=name, preset="vggt-mini", weights=weights, height=168, width=224).network(8)
+    elif name == "vggt-twin":
+        found = VGGT(name=name, preset="vggt-twin", weights="seeded:0", height=112, width=112).network(4)
+    elif name == "vggt-1b":
+        found = VGGT(name=name, preset="vggt-1b", weights="seeded:0", height=518, width=518).network(8)
+    else:
+        raise ReconError(f"--networks {name}: not known", "da-small, vggt-mini, vggt-twin, vggt-1b")
+    return found
+
+
+def recipe(found: Network, mode: str, device: str) -> Recipe:
+    """The mode's recipe with ranges of the FP32 module over the calibration seeds; torch does it all."""
+    quant, precision = MODES[mode]
+    if mode == "fp32":
+        return Recipe()
+    module, seen = found.load().to(device), dict[str, float]()
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = max(seen.get(name, 0.0), float(args[0].abs().amax()))
+
+        return note
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(watch(name))
+    with torch.inference_mode(), full_fp32(device):
+        for seed in CALIBRATION_SEEDS:
+            module(*(value.to(device) for value in found.example(seed).values()))
+    ranges = Ranges(seen, {}, "max", "seeds", len(CALIBRATION_SEEDS), "example inputs")
+    return make_recipe(found, quant, precision, ranges)
+
+
+def build_one(name: str, mode: str, folder: Path, device: str, autotune: bool) -> None:
+    """Build one package with its manifest: what a worker process does."""
+    found, engine = network(name), Inductor(name="inductor", device=device, max_autotune=autotune)
+    path = package(folder, name, mode, autotune)
+    asked = recipe(found, mode, device)
+    obtain(path, "engine", "benchmark", lambda at: engine.build(Build(found, None, lambda: asked), at / path.name))
+
+
+def package(folder: Path, name: str, mode: str, autotune: bool) -> Path:
+    return folder / f"{name}_{mode}{'_autotuned' if autotune else ''}.pt2"
+
+
+def build_all(arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, str], str]:
+    """Every package, several at once; what the worker said where one failed."""
+
+    def work(job: tuple[str, str]) -> str:
+        command = [sys.executable, __file__, "--out", "-", "--worker", *job, str(folder), "--device", arguments.device]
+        command += ["--autotune"] if arguments.autotune else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(f"built {' '.join(job)}: {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
+        return "" if done.returncode == 0 else (done.stderr.strip() or done.stdout.strip())[-4000:]
+
+    jobs = [(name, mode) for name in arguments.networks for mode in arguments.modes]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        return dict(zip(jobs, pool.map(work, jobs), strict=True))
+
+
+def timed(call: Callable[[], object], device: str, samples: int) -> list[float]:
+    """Milliseconds of each call, by CUDA events (on the CPU by the clock)."""
+    for _ in range(WARMUP):
+        call()
+    found = []
+    for _ in range(samples):
+        if device == "cpu":
+            start = time.perf_counter()
+            call()
+            found.append((time.perf_counter() - start) * 1e3)
+            continue
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end))
+    return found
+
+
+def row(name: str, mode: str, samples: list[float], **more: Any) -> dict[str, Any]:
+    ordered = sorted(samples)
+    figures = {"p50_ms": ordered[len(ordered) // 2], "p99_ms": ordered[int(0.99 * (len(ordered) - 1))]}
+    return {"network": name, "mode": mode, **figures, **more, "samples_ms": samples}
+
+
+def measure(path: Path, name: str, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A package: its formats, its error, its time with and without CUDA graph, its memory."""
+    found, device = network(name), arguments.device
+    seen = [asdict(layer) for layer in Inductor(name="inductor").inspect(path).layers]
+    facts = json.loads(path.with_name(path.name + ".json").read_text())["facts"]
+    missing = lacking(facts, seen)
+    feeds = {key: value.to(device) for key, value in found.example(0).items()}
+    extra: dict[str, Any] = {}
+    if device != "cpu":
+        with Inductor(name="inductor", device=device, cuda_graph=False).load(path) as plain:
+            extra["no_graph_p50_ms"] = sorted(timed(lambda: plain.infer(feeds), device, 20))[10]
+            loose = plain.infer(feeds)
+    with Inductor(name="inductor", device=device).load(path) as session:
+        samples = timed(lambda: session.infer(feeds), device, arguments.samples)
+        memory = session.memory_mib()
+        with Torch(name="torch", device=device).session(found, None) as reference:
+            errors = compare(reference, session, [found.example(seed) for seed in ERROR_SEEDS])
+        if device != "cpu":
+            same = session.infer(feeds)
+            extra["graph_equals_no_graph"] = all(bool(torch.equal(loose[key], same[key])) for key in same)
+    return row(
+        name,
+        mode,
+        samples,
+        rel_l2={key: error.rel_l2 for key, error in errors.items()},
+        memory_mib=memory,
+        package_mib=facts["bytes"] / 2**20,
+        weights_mib=facts["weights_mib"],
+        build_seconds=facts["build_seconds"],
+        kept_fp32=facts["kept_fp32"],
+        formats=dict(Counter(f"{layer['op']} {layer['compute']} weight {layer['weight'] or '-'}" for layer in seen)),
+        kernels=dict(Counter(layer["kernel"] for layer in seen)),
+        lacking=missing,
+        **extra,
+    )
+
+
+def lacking(facts: dict[str, Any], seen: list[dict[str, Any]]) -> list[str]:
+    """Layers that the package does not compute and store as asked."""
+    by_module: dict[str, list[dict[str, Any]]] = {}
+    for layer in seen:
+        for module in layer["modules"]:
+            by_module.setdefault(module, []).append(layer)
+    wrong = []
+    for path, asked in facts["layers"].items():
+        compute = asked["activation"].removesuffix("-dynamic") or facts["rest"]
+        found = by_module.get(path, [])
+        if not found or any(layer["compute"] != compute or layer["weight"] != asked["weight"] for layer in found):
+            wrong.append(path)
+    return wrong
+
+
+def eager(name: str, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Eager PyTorch: FP32 as it comes, or autocast in a CUDA graph."""
+    found, device = network(name), arguments.device
+    module = found.load().to(device)
+    inputs = [value.to(device) for value in found.example(0).values()]
+    if mode == "fp32":
+        with torch.inference_mode(), full_fp32(device):
+            return row(name, "torch-fp32", timed(lambda: module(*inputs), device, arguments.samples))
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[mode]
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, dtype):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                module(*inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            module(*inputs)
+    return row(name, f"torch-{mode}-graph", timed(graph.replay, device, arguments.samples))
+
+
+def checks(path: Path, name: str, device: str) -> dict[str, str]:
+    """What must hold beside numbers: wrong inputs, closed sessions, other devices, two sessions in two threads."""
+    found, engine, told = network(name), Inductor(name="inductor", device=device), dict[str, str]()
+    first = next(iter(found.inputs))
+
+    def expect(what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+            told[what] = "NO ERROR"
+        except ReconError as error:
+            told[what] = f"ok: {error.problem}"
+
+    session = engine.load(path)
+    expect("wrong shape", lambda: session.infer({first: torch.zeros(1, 1)}))
+    expect("wrong dtype", lambda: session.infer({key: value.double() for key, value in found.example(0).items()}))
+    session.close()
+    expect("closed", lambda: session.infer(found.example(0)))
+    if device != "cpu":
+        expect("other device", lambda: Inductor(name="inductor").load(path))
+    strange = path.with_name("strange.pt2")
+    strange.write_bytes(path.read_bytes())
+    expect("no manifest", lambda: engine.load(strange))
+    strange.unlink()
+    told["two threads"] = two_threads(engine, path, found)
+    return told
+
+
+def two_threads(engine: Inductor, path: Path, found: Network) -> str:
+    """Two sessions at once, each with inputs of its own, against the same one after the other."""
+
+    def outputs(session: Session, seed: int) -> list[Tensor]:
+        return [value.cpu() for _ in range(20) for value in session.infer(found.example(seed)).values()]
+
+    with engine.load(path) as a, engine.load(path) as b:
+        want = {seed: outputs(session, seed) for session, seed in ((a, 1), (b, 2))}
+        got: dict[int, list[Tensor]] = {}
+        work = [
+            threading.Thread(target=lambda s=s, n=n: got.__setitem__(n, outputs(s, n))) for s, n in ((a, 1), (b, 2))
+        ]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+    same = all(torch.equal(x, y) for seed in want for x, y in zip(want[seed], got.get(seed, []), strict=True))
+    return "ok: the same numbers" if same else "DIFFERENT NUMBERS"
+
+
+def main() -> None:
+    """Build, check, time; print a row and write the JSON as each is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--networks", nargs="*", default=["da-small", "vggt-mini", "vggt-twin"])
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--jobs", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--autotune", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", type=Path, help="keep packages here")
+    parser.add_argument("--worker", nargs=3, metavar=("NETWORK", "MODE", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, mode, folder = arguments.worker
+        build_one(name, mode, Path(folder), arguments.device, arguments.autotune)
+        return
+    on_gpu = arguments.device != "cpu"
+    device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    record: dict[str, Any] = {"device": device_name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    record |= {"autotune": arguments.autotune, "latency": [], "failed": {}, "checks": {}}
+
+    def note(found: dict[str, Any]) -> None:
+        record["latency"].append(found)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        errors = "  ".join(f"{key} {value:.1e}" for key, value in found.get("rel_l2", {}).items())
+        lost = f"  LACKING {len(found['lacking'])}" if found.get("lacking") else ""
+        sizes = (
+            f"{found['package_mib']:7.1f} MiB  built {found['build_seconds']:4.0f} s" if "package_mib" in found else ""
+        )
+        print(
+            f"{found['network']:10s} {found['mode']:16s} p50 {found['p50_ms']:8.3f} ms  {sizes}  {errors}{lost}",
+            flush=True,
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        start = time.perf_counter()
+        said = build_all(arguments, folder)
+        record["build_all_seconds"] = time.perf_counter() - start
+        for name in arguments.networks:
+            for mode in ("fp32", "fp16", "bf16") if on_gpu else ("fp32",):
+                note(eager(name, mode, arguments))
+            for mode in arguments.modes:
+                path, failed = package(folder, name, mode, arguments.autotune), said[(name, mode)]
+                if not failed:
+                    try:
+                        note(measure(path, name, mode, arguments))
+                    except (ReconError, RuntimeError) as error:
+                        failed = f"{type(error).__name__}: {error}"
+                if failed:
+                    record["failed"][f"{name} {mode}"] = failed
+                    print(f"{name:10s} {mode:16s} FAILED: {failed[-600:]}", flush=True)
+            good = next((mode for mode in arguments.modes if not said[(name, mode)]), None)
+            if good is not None:
+                record["checks"][name] = checks(package(folder, name, good, arguments.autotune), name, arguments.device)
+                print(name, "checks", json.dumps(record["checks"][name], indent=1), flush=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
