@@ -15,6 +15,11 @@ from recon.models.recorded import Recorded
 from recon.sources.synthetic import Synthetic
 
 
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recon.figures.MAP_SIZE", (240, 160))
+
+
 @pytest.fixture(scope="module")
 def run() -> tuple[Config, SimpleNamespace]:
     source = replace(option("source", "synthetic"), width=160, height=120, steps=1, count=3, moving=1)

@@ -286,15 +286,16 @@ def test_damaged_and_foreign_runs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "handover").exists()
 
 
-def test_stages_of_the_pipeline(tmp_path: Path) -> None:
+def test_stages_of_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """reconstruct and handover in one run with a recording of it; then a second run that hands over the first."""
+    monkeypatch.setattr("recon.figures.MAP_SIZE", (240, 160))
     config = Config(
         model=option("model", "recorded"),
         depth=option("depth", "recorded"),
         engine=option("engine", "torch"),
         quant_mode=option("quant_mode", "none"),
         precision=option("precision", "fp32"),
-        source=replace(option("source", "synthetic"), width=96, height=72, steps=2, moving=0, count=2),
+        source=replace(option("source", "synthetic"), width=64, height=48, steps=2, moving=0, count=2),
         fusion=replace(option("fusion", "tsdf"), voxel=0.06),
         tracking=option("tracking", "none"),
         stages=["depth", "reconstruct", "handover", "evaluate", "report"],
