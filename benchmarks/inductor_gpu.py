@@ -7,9 +7,9 @@ Packages are built at once in `--jobs` processes (compiling keeps CPU cores busy
 one after another: inputs on the device before the clock starts, CUDA events, warm-up 10, raw samples in the JSON, which
 is written after every row. Errors are relative L2 against eager FP32 without TF32 on the same device, on inputs that
 calibration did not see. `da-small` is the published architecture of Depth Anything V2 Small with seeded weights: its
-times are those of the model, its errors are not. Weight-only formats are rounded by the script itself, in the layouts of
-bitsandbytes, which need not be there. Eager PyTorch is timed beside each network, as it comes (`torch-fp32`) and under
-autocast in a CUDA graph (`torch-<format>-graph`).
+times are those of the model, its errors are not. Weight-only formats are rounded by the script itself, in the layouts
+of bitsandbytes, which need not be there. Eager PyTorch is timed beside each network, as it comes (`torch-fp32`) and
+under autocast in a CUDA graph (`torch-<format>-graph`).
 """
 
 from __future__ import annotations

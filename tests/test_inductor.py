@@ -314,6 +314,70 @@ def test_identities_survive_their_file() -> None:
     assert Identity.from_json(identity.to_json()) == identity
 
 
+MATRIX = [
+    ("none", "fp32"), ("none", "fp16"), ("none", "bf16"), ("none", "int8"), ("none", "fp8"), ("modelopt-fp8", "int8"),
+    ("torch-int8-dynamic", "fp16"), ("bitsandbytes-8bit", "fp16"), ("bitsandbytes-nf4", "bf16"),
+    ("bitsandbytes-fp4", "int8"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "precision"), MATRIX)
+def test_the_depth_twin_in_every_mode(mode: str, precision: str, tmp_path: Path) -> None:
+    from recon.config import option
+    from recon.depth import Depth
+    from recon.precision import Precision
+    from recon.quant import QuantMode
+    from recon.quantise import make_recipe
+
+    depth, quant, rest = option("depth", "da2-twin"), option("quant_mode", mode), option("precision", precision)
+    assert isinstance(depth, Depth)
+    assert isinstance(quant, QuantMode)
+    assert isinstance(rest, Precision)
+    if quant.tool and not quant.tool_version():
+        pytest.skip(f"{quant.tool} is not installed")
+    found = depth.network()
+    assert found is not None
+    asked = Recipe() if (mode, precision) == ("none", "fp32") else make_recipe(found, quant, rest, ranges_of(found))
+    path = tmp_path / "twin.pt2"
+    facts = engine().build(Build(found, None, lambda: asked), path)
+    for error in errors(path, found, asked).values():
+        assert error.passes(1e-4 if precision == "fp32" else 2e-2), error
+    certificate = certify(engine(), path, facts, {})
+    assert certificate["verdict"] == "achieved", certificate["sentence"]
+
+
+def ranges_of(found: Network) -> Ranges:
+    module, seen = found.load(), dict[str, float]()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: float(args[0].abs().amax())}))  # type: ignore[misc]
+    with torch.inference_mode():
+        module(*found.example(3).values())
+    return Ranges(seen, {}, "max", "k", 1, "test")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layers", "rest"), [({"qkv": INT8, "out": FP8}, "bf16"), ({}, "fp16"), ({}, "fp32")])
+def test_packages_for_cuda(layers: dict[str, LayerFormat], rest: str, tmp_path: Path) -> None:
+    path, like = tmp_path / "small.pt2", recipe(seeded(), layers, rest)
+    facts = engine(device="cuda").build(Build(network(), None, lambda: recipe(seeded(), layers, rest)), path)
+    assert certify(engine(), path, facts, {})["verdict"] == "achieved"
+    feeds = images(5)
+    with (
+        engine(device="cuda").load(path) as replayed,
+        engine(device="cuda", cuda_graph=False).load(path) as called,
+        Torch(name="torch", device="cuda").session(network(), None, lambda: like) as eager,
+    ):
+        for _ in range(3):
+            first, second = replayed.infer(feeds), called.infer(feeds)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+        limit = 2e-2 if rest != "fp32" else 1e-5
+        assert all(error.passes(limit) for error in compare(eager, replayed, [images(6), images(7)]).values())
+    with pytest.raises(ReconError, match="compiled for cuda, not cpu"):
+        engine().load(path)
+
+
 @pytest.fixture(autouse=True)
 def _no_leftovers() -> Iterator[None]:
     """Compiling must leave torch's global configuration as it was."""

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from recon.engines.torch import Torch
 from recon.errors import ReconError
 from recon.formats import BITS, LayerFormat, QuantizedWeight, Ranges, Recipe, WeightFormat
 from recon.lowbit.apply import Inference, apply, prepare, stored_bytes
 from recon.lowbit.linear import Fp8Linear, Int8Linear, LowBitLinear, SimulatedLinear, WeightOnlyLinear, lowbit_linear
 from recon.lowbit.packing import pack, shifts, unpack
 from recon.lowbit.support import refusal
+from recon.network import Network, TensorSpec
 
 E4M3 = torch.float8_e4m3fn
 NF4 = torch.cat([-(torch.linspace(1, 0.08, 7) ** 1.3), torch.zeros(1), torch.linspace(0.07, 1, 8) ** 1.2])
@@ -145,7 +147,7 @@ def test_simulation_gives_the_numbers_of_the_product(asked: LayerFormat) -> None
     if asked.activation == "nvfp4-dynamic":
         with pytest.raises(ReconError, match=r"nvfp4.*no PyTorch layer"):
             lowbit_linear(layer, weight, torch.float32, 2.0)
-        want = layer(x)
+        want = layer(x).detach()
         assert 0.02 < float((made(x) - want).norm() / want.norm()) < 0.2
     else:
         torch.testing.assert_close(made(x), lowbit_linear(layer, weight, torch.float32, 2.0)(x), rtol=1e-4, atol=1e-5)
@@ -269,6 +271,44 @@ def test_recipes_of_other_networks_are_refused() -> None:
     ):
         with pytest.raises(ReconError, match=message):
             prepare(net(), bad)
+
+
+def engine_network() -> Network:
+    def example(seed: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(20, 64, generator=torch.Generator().manual_seed(seed))}
+
+    return Network("net-20x64", {"x": TensorSpec((20, 64))}, ("y", "map"), "seed-1", net, example)
+
+
+def test_the_torch_engine_is_the_reference_unless_a_recipe_says_otherwise() -> None:
+    found = engine_network()
+    feeds = found.example(3)
+    with Torch(name="torch").session(found, None) as plain, torch.inference_mode():
+        for got, want in zip(plain.infer(feeds).values(), net()(feeds["x"]), strict=True):
+            assert torch.equal(got, want)
+    asked = recipe(LayerFormat("int8", "int8"), net(), "bf16")
+    with Torch(name="torch").session(found, None, lambda: asked) as low, torch.inference_mode():
+        assert low.outputs == plain.outputs
+        expected = prepare(net(), asked, [found.example(0)])(feeds["x"])
+        for got, want in zip(low.infer(feeds).values(), expected, strict=True):
+            assert torch.equal(got, want)
+        low_mib = low.memory_mib()
+        assert low_mib < 8  # the growth of the process at the first run is in it
+    with pytest.raises(ReconError, match="closed"):
+        low.infer(feeds)
+
+
+def test_the_torch_engine_simulates_only_when_asked() -> None:
+    nvfp4 = LayerFormat("nvfp4", "nvfp4-dynamic", block=16)
+    assert "FP4" in Torch(name="torch").refuses([nvfp4], "fp16")
+    assert Torch(name="torch", simulate=True).refuses([nvfp4], "fp16") == ""
+    assert "no effect" in Torch(name="torch", simulate=True).refuses([LayerFormat("nf4", block=64)], "fp16")
+    found, asked = engine_network(), recipe(nvfp4, net())
+    with pytest.raises(ReconError, match="no PyTorch layer"):
+        Torch(name="torch").session(found, None, lambda: asked)
+    with Torch(name="torch", simulate=True).session(found, None, lambda: asked) as session:
+        got, want = session.infer(found.example(0))["y"], net()(found.example(0)["x"])[0]
+    assert 0.01 < float((got - want).norm() / want.norm()) < 0.2
 
 
 @pytest.mark.parametrize("weight", ["int8", "nf4", "fp4", "nvfp4", "fp8"])
