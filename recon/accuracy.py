@@ -84,6 +84,14 @@ def judge(config: Config, network: Network, role: str, file: Path) -> dict[str, 
     return found
 
 
+def require_frames(config: Config, network: Network, role: str) -> None:
+    """Raise ReconError where `judge` would find too few frames: asked before an engine is built, since it is cheap."""
+    if not config.engine.runs_here() and not _on_examples(config):
+        from recon.frames import require
+
+        require(config, network, role)
+
+
 def measure(reference: Session, session: Session, feeds: list[Tensors], size: tuple[int, ...]) -> dict[str, Any]:
     """All figures of a session against a reference on the same inputs. size: height and width of the network's input.
 
@@ -120,15 +128,19 @@ def enforce(options: AccuracyOptions, found: dict[str, Any], name: str) -> None:
 
 def _inputs(config: Config, network: Network, role: str) -> tuple[list[Tensors], dict[str, Any]]:
     count = config.accuracy.batches
-    live = config.source.live and config.calibration.path is None  # its frames do not come twice
-    if config.accuracy.examples or live:
+    if _on_examples(config):
         first = 10_000  # seeds that neither export nor benchmarks use
-        why = f": source={config.source.name} is live" if live else ""
+        why = "" if config.accuracy.examples else f": source={config.source.name} is live"
         return [network.example(first + i) for i in range(count)], {"frames": f"examples of the network{why}"}
     from recon.frames import sample
 
     found = sample(config, network, role, count, skip=config.calibration.batches)
     return found.feeds, {"frames": found.origin, "frames_shared_with_calibration": found.shared}
+
+
+def _on_examples(config: Config) -> bool:
+    """Asked for, or the source is live: its frames do not come twice."""
+    return config.accuracy.examples or (config.source.live and config.calibration.path is None)
 
 
 def _watched(

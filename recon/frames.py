@@ -84,6 +84,12 @@ def sample(config: Config, network: Network, role: str, count: int, skip: int = 
     return Sample(found, [item.ids for item in items], shared, pool.origin)
 
 
+def require(config: Config, network: Network, role: str) -> None:
+    """Raise ReconError where there are no frames, or too few for one input. Little or nothing is decoded."""
+    spec = next(iter(network.inputs.values()))
+    _pool(config.calibration, config.source, spec.shape[0] if role == "model" else 1)
+
+
 def data_hash(options: CalibrationOptions, source: Source, views: int) -> str:
     """Content hash of the frames that calibration would look at with `views` per input."""
     digest = hashlib.sha256()
@@ -134,7 +140,8 @@ class SourcePool(Pool):
         if not self.size:
             raise ReconError(
                 f"{origin} has {self.steps * cameras} frames, and the network takes {views} views at once",
-                f"give {views} or more frames with calibration.path or source.path, or fewer model.views",
+                f"give {views} or more frames with calibration.path or source.path, fewer model.views, or"
+                " accuracy.examples=true where nothing is calibrated",
             )
         self._joins = cameras < views  # else what one moment leaves over is left out: it belongs to no other
         self._per_step = cameras / views if cameras < views else cameras // views

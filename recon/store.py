@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recon.accuracy import enforce
+from recon.accuracy import enforce, require_frames
 from recon.artifact import Artifact, Manifest, content_key, obtain, read_manifest, verify
 from recon.config import Config, option
 from recon.console import busy
@@ -225,6 +225,7 @@ def built(store: Store, network: Network) -> Artifact:
     onnx = written(store, network) if engine.needs_onnx else None
 
     def make(folder: Path) -> dict[str, Any]:
+        require_frames(store.config, network, store.role(network))
         with busy(f"Building {path.name}"):
             source = Build(network, onnx.path if onnx else None, partial(store.recipe, network))
             facts = engine.build(source, folder / path.name)

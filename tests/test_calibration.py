@@ -13,6 +13,7 @@ import torch
 from small_network import images, network, seeded
 from torch import nn
 
+from recon.accuracy import AccuracyOptions, require_frames
 from recon.calibration import CalibrationOptions, calibrate, data_key, read_ranges
 from recon.config import Config, option
 from recon.engines import Session
@@ -441,3 +442,14 @@ def test_an_unknown_operator_is_named_with_its_module(small: Path, tmp_path: Pat
     onnx.save(model, str(path))
     with pytest.raises(ReconError, match=r"MatMulOfTomorrow .*module qkv.*operator set 20"):
         read_graph(path)
+
+
+def test_too_few_frames_for_accuracy_are_refused_before_an_engine_is_built() -> None:
+    settings = config()
+    settings.engine, settings.accuracy = option("engine", "onnxruntime"), AccuracyOptions()  # type: ignore[assignment]
+    settings.source = replace(settings.source, steps=0)  # type: ignore[type-var]
+    with pytest.raises(ReconError, match="has 3 frames, and the network takes 5 views"):
+        require_frames(settings, vggt(5), "model")
+    require_frames(settings, vggt(3), "model")
+    settings.accuracy = AccuracyOptions(examples=True)
+    require_frames(settings, vggt(5), "model")
