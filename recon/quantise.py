@@ -147,6 +147,7 @@ def write(network: Network, base: Path, recipe: Recipe, out: Path) -> dict[str, 
     Raises:
         ReconError: the graph cannot hold the formats, or does not compute what the recipe says.
     """
+    from recon.graph.layers import replaced_weights
     from recon.graph.read import read_graph
     from recon.graph.writer import fit_opset, place
     from recon.graph.writer_check import check
@@ -154,7 +155,7 @@ def write(network: Network, base: Path, recipe: Recipe, out: Path) -> dict[str, 
 
     checked = check(network, base, recipe, out.with_name(f"{out.stem}.check.onnx")) if recipe.layers else {}
     model = read_graph(base, weights=False)
-    replaced = weights_of(model, recipe)
+    replaced = replaced_weights(model, recipe.layers)
     load_weights(model, base.parent, leave=replaced)
     fit_opset(model, recipe.layers, recipe.rest)
     typed: dict[str, Any] = {}
@@ -166,21 +167,6 @@ def write(network: Network, base: Path, recipe: Recipe, out: Path) -> dict[str, 
     place(model, recipe)
     size = save(model, out)
     return _facts(recipe, out) | {"bytes": size, "typed": typed, "check": checked}
-
-
-def weights_of(model: Any, recipe: Recipe) -> set[str]:
-    """Names of the initialisers that quantised weights replace: conversion to FP16 or BF16 leaves them alone.
-
-    One that an untreated product uses too is not among them.
-    """
-    from recon.graph.layers import find_layers
-
-    products = {id(item.node): item for item in find_layers(model, recipe.layers)}
-    names = {item.weight for item in products.values()}
-    for node in model.graph.node:
-        mine = {1} if id(node) in products else set()
-        names -= {name for index, name in enumerate(node.input) if index not in mine}
-    return names
 
 
 def _facts(recipe: Recipe, out: Path) -> dict[str, Any]:

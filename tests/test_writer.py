@@ -20,7 +20,7 @@ from recon.errors import ReconError
 from recon.export import ExportOptions, export
 from recon.formats import Ranges, Recipe
 from recon.graph import writer, writer_check
-from recon.graph.layers import find_layers, module_path
+from recon.graph.layers import find_layers, module_path, replaced_weights
 from recon.graph.writer_opset import opset_of, raise_opset
 from recon.network import Network, TensorSpec
 from recon.precision import Precision
@@ -211,7 +211,7 @@ def _products(model: onnx.ModelProto) -> list[Any]:
     from recon.graph.layers import Occurrence
 
     return [
-        Occurrence(module_path(node), node, node.input[0], node.input[1], False)
+        Occurrence(module_path(node), node, node.input[0], node.input[1], False, 1)
         for node in model.graph.node
         if node.op_type == "MatMul" and module_path(node) in ("q", "k", "v", "head")
     ]
@@ -316,6 +316,31 @@ def test_a_layer_that_is_not_in_the_graph(base: Path, tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "cut.onnx"))
     with pytest.raises(ReconError, match=r"1 layers to be quantised have no product in the graph, v for one"):
         write(NETWORK, tmp_path / "cut.onnx", _recipe(base, "torch-int8-dynamic"), tmp_path / "out.onnx")
+
+
+def test_weights_behind_transposes_and_shared_ones(base: Path, tmp_path: Path) -> None:
+    """Without onnxsim (networks over 2 GB) the exporter leaves a Transpose in front of weights that are used twice."""
+    model = onnx.load(str(base))
+    weights = {module_path(node): node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    for item in model.graph.initializer:
+        if item.name == weights["head"]:
+            turned = onnx.numpy_helper.to_array(item).T.copy()
+            item.CopyFrom(onnx.numpy_helper.from_array(turned, "head.stored"))
+            model.graph.node.insert(0, helper.make_node("Transpose", ["head.stored"], [weights["head"]], perm=[1, 0]))
+            break
+    model.graph.node.append(helper.make_node("ReduceMax", [weights["q"]], ["largest"], keepdims=0))
+    model.graph.output.append(helper.make_tensor_value_info("largest", TensorProto.FLOAT, []))
+    onnx.save(model, str(tmp_path / "turned.onnx"))
+    assert replaced_weights(model, ["q", "k", "head"]) == {weights["k"], "head.stored"}, "q's is wanted elsewhere, too"
+    for precision in ("fp32", "fp16"):
+        recipe = _recipe(base, "bitsandbytes-8bit", precision)
+        facts = write(NETWORK, tmp_path / "turned.onnx", recipe, tmp_path / "out.onnx")
+        assert facts["check"]["layers"]["head"]["writer_error"] < 1e-6
+        written = onnx.load(str(tmp_path / "out.onnx"))
+        names = {item.name for item in written.graph.initializer}
+        assert weights["q"] in names or f"{weights['q']}.fp16" in names
+        assert not names & {weights["k"], weights["v"], "head.stored"}
+        onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
 
 
 class Flat(nn.Module):

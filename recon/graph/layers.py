@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # e.g. "['', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear']"
 PRODUCTS = ("MatMul", "Gemm")
+BETWEEN = ("Cast", "Transpose")  # what may lie between a stored weight and its product; weights have two axes to turn
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Occurrence:
     """One product with a layer's weight; a layer that is called several times has several.
 
     input: name of the value that the weight is multiplied with. weight: name of its initialiser. transposed: it lies
-    as [out, in] there (Gemm with transB), not [in, out]. cast: ONNX type to which a Cast node between initialiser and
-    product brings it; 0 = there is none.
+    as [out, in] there (Gemm with transB, or a Transpose node in between), not [in, out]. dtype: ONNX type in which
+    the product takes it, after a Cast node where there is one.
     """
 
     path: str
@@ -30,7 +31,7 @@ class Occurrence:
     input: str
     weight: str
     transposed: bool
-    cast: int = 0
+    dtype: int
 
 
 def scopes(node: onnx.NodeProto) -> list[str]:
@@ -58,20 +59,40 @@ def find_layers(model: onnx.ModelProto, paths: Collection[str]) -> list[Occurren
     Raises:
         ReconError: a Linear layer's product is in a form that cannot be rewritten (a Gemm with factors of its own).
     """
-    constants = {item.name for item in model.graph.initializer}
-    casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
+    constants = {item.name: item.data_type for item in model.graph.initializer}
+    between = {node.output[0]: node for node in model.graph.node if node.op_type in BETWEEN}
     found = []
     for node in model.graph.node:
         if node.op_type not in PRODUCTS:
             continue
         path = next((scope for scope in reversed(scopes(node)[:-1]) if scope in paths), None)
-        weight, cast = node.input[1], 0
-        if weight in casts:
-            cast = next(item.i for item in casts[weight].attribute if item.name == "to")
-            weight = casts[weight].input[0]
+        weight, passed = node.input[1], list[Any]()
+        while weight in between:
+            passed.append(between[weight])
+            weight = between[weight].input[0]
         if path is not None and weight in constants:
-            found.append(Occurrence(path, node, node.input[0], weight, _transposed(node, path), cast))
+            turned = _transposed(node, path) + sum(item.op_type == "Transpose" for item in passed)
+            casts = [value.i for item in passed for value in item.attribute if value.name == "to"]
+            dtype = int(casts[0]) if casts else constants[weight]
+            found.append(Occurrence(path, node, node.input[0], weight, turned % 2 == 1, dtype))
     return found
+
+
+def replaced_weights(model: onnx.ModelProto, paths: Collection[str]) -> set[str]:
+    """Initialisers that nothing but the products of `paths` takes: quantised weights replace them altogether."""
+    found = find_layers(model, paths)
+    products = {item.node.output[0] for item in found}
+    replaced = {item.weight for item in found}
+    origin = {name: name for name in replaced}  # a value on the way from a weight to a product -> the weight
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name not in origin:
+                continue
+            if node.op_type in BETWEEN:
+                origin[node.output[0]] = origin[name]
+            elif index != 1 or node.output[0] not in products:
+                replaced.discard(origin[name])
+    return replaced
 
 
 def require_present(found: Collection[Occurrence], paths: Collection[str], what: str) -> None:

@@ -7,12 +7,12 @@ and what ONNX Runtime runs. Attention's own products are left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recon.formats import LayerFormat, Recipe, RestFormat
-from recon.graph.layers import Occurrence, find_layers, require_present
+from recon.graph.layers import BETWEEN, Occurrence, find_layers, require_present
 from recon.graph.writer_inputs import input_scale, write_input
-from recon.graph.writer_nodes import FLOAT, TRT, Patch
+from recon.graph.writer_nodes import TRT, Patch
 from recon.graph.writer_opset import raise_opset
 from recon.graph.writer_weights import write_weight
 
@@ -64,15 +64,16 @@ def fit_opset(model: onnx.ModelProto, layers: Mapping[str, LayerFormat], rest: R
 
 def _place_weight(item: Occurrence, recipe: Recipe, written: dict[tuple[str, int], str], patches: list[Patch]) -> None:
     """Calls of one layer share one dequantised weight."""
-    dtype = item.cast or FLOAT
+    dtype = item.dtype
     if (item.path, dtype) not in written:
         again = any(path == item.path for path, _ in written)  # calls of one layer in two types
         patch = Patch(f"{item.path}.type{dtype}" if again else item.path, item.node)
         written[item.path, dtype] = write_weight(patch, recipe.weights[item.path], dtype)
         patches.append(patch)
     item.node.input[1] = written[item.path, dtype]
-    if item.transposed:
-        next(value for value in item.node.attribute if value.name == "transB").i = 0
+    for value in item.node.attribute:
+        if value.name == "transB":  # of a Gemm: the new weight lies as MatMul has it
+            value.i = 0
 
 
 def _place_input(
@@ -88,7 +89,7 @@ def _place_input(
     if key not in written:
         taken = sum(1 for other in written.values() if other.startswith(f"{item.path}."))
         patch = Patch(f"{item.path}.call{taken}" if taken else item.path, item.node)
-        written[key] = write_input(patch, item.input, activation, scale, item.cast or FLOAT)
+        written[key] = write_input(patch, item.input, activation, scale, item.dtype)
         patches.append(patch)
     item.node.input[0] = written[key]
 
@@ -107,14 +108,18 @@ def _insert(model: onnx.ModelProto, before: Mapping[str, list[Patch]]) -> None:
 
 
 def _drop_unused(model: onnx.ModelProto, weights: set[str]) -> None:
-    """Remove the replaced weights, and Casts that nothing but them went through."""
+    """Remove the replaced weights, and what lay between nothing but them and their products."""
     outputs = {value.name for value in model.graph.output}
     used = {name for node in model.graph.node for name in node.input} | outputs
-    dead = [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in weights]
-    for node in dead:
+    mine, dead = set(weights), list[Any]()
+    for node in model.graph.node:
+        if node.op_type in BETWEEN and node.input[0] in mine:
+            mine.add(node.output[0])
+            dead.append(node)
+    for node in reversed(dead):
         if node.output[0] not in used:
             model.graph.node.remove(node)
-    used = {name for node in model.graph.node for name in node.input} | outputs
+            used = {name for other in model.graph.node for name in other.input} | outputs
     for tensor in [item for item in model.graph.initializer if item.name in weights - used]:
         model.graph.initializer.remove(tensor)
 
