@@ -26,7 +26,7 @@ def main() -> None:
     """Measure the chosen groups; the file is written after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=["rows", "linear", "attention"])
+    parser.add_argument("--only", nargs="*", default=["rows", "linear", "attention", "streaming"])
     parser.add_argument("--views", type=int, nargs="*", default=[8, 1])
     arguments = parser.parse_args()
     RECORD.update(device=torch.cuda.get_device_name(), torch=torch.__version__, date=time.strftime("%Y-%m-%d"), rows=[])
@@ -146,13 +146,33 @@ def attention(views: int, out: Path) -> None:
             )  # fmt: skip
             form = "bounded" if bounded else "running"
             note(out, group, f"triton {form} {m}/{n}/{warps}/{stages}", call, flop, error=error)
-        for tile in (AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4)):
+        for tile in (AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4),
+                     AttentionTile(n=64, stages=6)):
             for bounded in (True, False):
                 result.fill_(float("nan"))
                 call = partial(
                     launch.specialised_attention, packed, packed, packed, result, (0, 1024, 2048), 16, tile, bounded
                 )
                 note(out, group, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", call, flop, error=error)
+
+
+def streaming(views: int, out: Path) -> None:
+    """Attention of Depth Anything Small: six heads, which do not fill the card at one image."""
+    group, flop = f"attention {views}x1370x6", 4.0 * views * 6 * 1370**2 * 64
+    packed = torch.randn(views, 1370, 1152, device="cuda", dtype=torch.float16)
+    result = torch.empty(views, 1370, 384, device="cuda", dtype=torch.float16)
+    wanted = reference.attention(*packed.chunk(3, -1), 6, torch.float32)
+    for m, n, warps, stages in (
+        (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 4), (64, 128, 8, 3), (64, 256, 8, 2), (64, 128, 4, 3)
+    ):  # fmt: skip
+        call = partial(
+            launch.attention, packed, packed, packed, result, (0, 384, 768), 6, bounded=False, m=m, n=n, warps=warps,
+            stages=stages,
+        )  # fmt: skip
+        note(out, group, f"triton running {m}/{n}/{warps}/{stages}", call, flop, error=lambda: rel(result, wanted))
+    for tile in (AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4)):
+        call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 384, 768), 6, tile, False)
+        note(out, group, f"gluon running {label(tile)}", call, flop, error=lambda: rel(result, wanted))
 
 
 def rows(views: int, out: Path) -> None:
@@ -192,7 +212,7 @@ def rows(views: int, out: Path) -> None:
         note(out, group, f"few_rows {n}x{k}", call, 0, 2 * n * k, lambda few=few, exact=exact: rel(few, exact))
 
 
-GROUPS = {"linear": linear, "attention": attention, "rows": rows}
+GROUPS = {"linear": linear, "attention": attention, "streaming": streaming, "rows": rows}
 
 if __name__ == "__main__":
     main()

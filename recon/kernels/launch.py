@@ -175,20 +175,25 @@ def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None,
 def few_rows(
     a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None, out: Tensor, gelu: bool
 ) -> None:
-    """a [rows <= 8, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 8 == 0, K % 512 == 0."""
+    """a [rows <= 16, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 16 == 0, K % 64 == 0."""
     (rows, k), n = a.shape, weight.shape[0]
-    padded = triton.next_power_of_2(rows)
-    block_n, block_k, warps = (4, 1024 if k % 1024 == 0 else 512, 4) if padded == 1 else (4, 512, 8)
-    small_triton.few_rows_kernel[(n // block_n,)](
-        a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
-        BLOCK_N=block_n, BLOCK_K=block_k, GELU=gelu, ADD=addend is not None, num_warps=warps,
-    )  # fmt: skip
+    divisor = k & -k
+    pointers = (a, weight, scale, bias, addend if addend is not None else bias, out, n)
+    if rows == 1:
+        small_triton.one_row_kernel[(n // 4,)](
+            *pointers, K=k, BLOCK_N=4, BLOCK_K=min(divisor, 1024), GELU=gelu, ADD=addend is not None, num_warps=4
+        )
+    else:
+        small_triton.few_rows_kernel[(n // 16,)](
+            *pointers, K=k, ROWS=rows, BLOCK_N=16, BLOCK_K=min(divisor, 256), GELU=gelu, ADD=addend is not None,
+            num_warps=4,
+        )  # fmt: skip
 
 
 def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
-    """qkv [rows <= 8, 3*C] FP32 with scaled queries -> out [rows, C]."""
+    """qkv [rows <= 16, 3*C] FP32 with scaled queries -> out [rows, C]."""
     rows, width = out.shape
     small_triton.few_tokens_attention_kernel[(heads,)](
         qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4
     )
-LONG = AttentionTile()
+LONG = AttentionTile(n=64, stages=4)

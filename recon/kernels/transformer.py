@@ -9,10 +9,11 @@ every norm, rotation, softmax and all accumulation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recon.errors import ReconError
@@ -196,6 +197,29 @@ def score_bound(weights: Tensor, biases: Tensor) -> float:
     return float(longest.prod()) * LOG2_E
 
 
-def sequence_of(blocks: Sequence[FastBlock], last: Norm) -> list[Norm]:
-    """For each block the norm that follows it."""
-    return [*(block.norm1 for block in blocks[1:]), last]
+def patch_kernel(weight: Tensor) -> Tensor:
+    """A patch convolution [C,3,side,side] as the FP16 operand of `embedded`: rows padded to whole 16 bytes, without
+    which the product takes a slow path."""
+    flat = weight.detach().flatten(1)
+    return F.pad(flat, (0, -flat.shape[1] % 8)).half()
+
+
+def embedded(images: Tensor, kernel: Tensor, offset: Tensor, lead: Tensor, side: int) -> Tensor:
+    """images [S,3,H,W] FP32 -> tokens [S, lead + P, C] FP32: patches through `kernel` plus offset [1,P,C], after lead.
+
+    The patch convolution is a product in FP16, which keeps three bits of a pixel more than BF16.
+    """
+    frames, channels, height, width = images.shape
+    rows, columns, values = height // side, width // side, channels * side**2
+    flat = images.new_zeros(frames * rows * columns, kernel.shape[1], dtype=torch.float16)
+    grid = images.reshape(frames, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+    target = flat.as_strided(
+        (frames, rows, columns, channels, side, side),
+        (rows * columns * flat.shape[1], columns * flat.shape[1], flat.shape[1], side**2, side, 1),
+    )
+    assert values <= flat.shape[1]
+    target.copy_(grid)
+    x = images.new_empty(frames, lead.shape[1] + rows * columns, kernel.shape[0])
+    x[:, : lead.shape[1]] = lead
+    torch.add((flat @ kernel.t()).view(frames, rows * columns, -1), offset, out=x[:, lead.shape[1] :])
+    return x

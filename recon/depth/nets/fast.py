@@ -16,7 +16,7 @@ from recon.depth.nets.depth_anything import DisparityNet
 from recon.errors import ReconError
 from recon.kernels import ops
 from recon.kernels.graphs import Streams, allow_variants
-from recon.kernels.transformer import BlockWeights, FastBlock, Norm, observe
+from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
 
 SPECIALS = 1  # the class token
 EARLY_IMAGES = 2  # up to this many, which do not fill the card, the dense head starts beside the encoder
@@ -67,8 +67,7 @@ class FastDisparity(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
         """As `DisparityNet.forward`: [N,3,H,W] FP32, normalised -> (disparity [N,H,W] FP32,)."""
         images, width = pixel_values.shape[0], self.lead.shape[-1]
-        patches = self._patches(pixel_values)
-        x = torch.cat([self.lead.expand(images, -1, -1), patches], 1).contiguous()
+        x = embedded(pixel_values, self.kernel, self.offset, self.lead, self.side)
         rows = x.view(-1, width)
         blocks: list[FastBlock] = list(self.blocks)  # type: ignore[arg-type]
         normed = blocks[0].norm1(rows)
@@ -103,21 +102,11 @@ class FastDisparity(nn.Module):
     def _embedding(self, embeddings: Any) -> None:
         conv = embeddings.patch_embeddings.projection
         positions = embeddings.static_positions
-        flat = conv.weight.flatten(1)
-        kernel = F.pad(flat, (0, -flat.shape[1] % 8))  # rows of whole 16 bytes, else the product takes a slow path
         self.side = conv.kernel_size[0]
-        self.register_buffer("kernel", kernel.detach().half(), persistent=False)
+        self.register_buffer("kernel", patch_kernel(conv.weight), persistent=False)
         self.register_buffer("offset", (positions[:, SPECIALS:] + conv.bias).detach().clone(), persistent=False)
         lead = embeddings.cls_token + positions[:, :SPECIALS]
         self.register_buffer("lead", lead.detach().clone(), persistent=False)
-
-    def _patches(self, images: Tensor) -> Tensor:
-        """Patch convolution as a product in FP16 -> [N,P,C] FP32, with positions."""
-        count, channels, height, width = images.shape
-        grid = images.half().reshape(count, channels, height // self.side, self.side, width // self.side, self.side)
-        flat = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * self.side**2)
-        flat = F.pad(flat, (0, self.kernel.shape[1] - flat.shape[1]))
-        return (flat @ self.kernel.t()).view(count, -1, self.kernel.shape[0]).float() + self.offset
 
     def _level(self, index: int, tap: Tensor) -> Tensor:
         """A tap as far as it goes alone: projected, resized, and through the first unit of its fusion."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recon.errors import ReconError
 from recon.kernels import ops
 from recon.kernels.graphs import Streams, allow_variants
-from recon.kernels.transformer import BlockWeights, FastBlock, Norm, observe
+from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
 from recon.models.nets.aggregator import Aggregator
 from recon.models.nets.blocks import Block
 from recon.models.nets.dpt import DPTHead
@@ -116,10 +116,8 @@ class FastEncoder(nn.Module):
         encoder = aggregator.patch_embed
         conv = encoder.patch_embed.proj
         self.patch, width = conv.kernel_size[0], conv.out_channels
-        flat = conv.weight.flatten(1)
-        padded = F.pad(flat, (0, -flat.shape[1] % 8))  # rows of whole 16 bytes, else the product takes a slow path
         assert conv.bias is not None
-        self.register_buffer("kernel", padded.half(), persistent=False)
+        self.register_buffer("kernel", patch_kernel(conv.weight), persistent=False)
         self.register_buffer("offset", (encoder.positions + conv.bias).detach().clone(), persistent=False)
         self.register_buffer("lead", encoder.lead.detach().clone(), persistent=False)
         self.register_buffer("specials", aggregator.lead.detach().clone(), persistent=False)
@@ -131,7 +129,7 @@ class FastEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[S,3,H,W] -> [S, specials + P, C] FP32: patch tokens after the trunk's special tokens."""
         frames, first = images.shape[0], self.lead.shape[1]
-        x = torch.cat([self.lead.expand(frames, -1, -1), self._patches(images)], 1).contiguous()
+        x = embedded(images, self.kernel, self.offset, self.lead, self.patch)
         rows = x.view(-1, self.width)
         blocks: list[FastBlock] = list(self.blocks)  # type: ignore[arg-type]
         normed = blocks[0].norm1(rows)
@@ -140,15 +138,6 @@ class FastEncoder(nn.Module):
         tokens = normed.view(x.shape)
         tokens[:, :first] = self.specials[torch.arange(frames, device=x.device).clamp(max=1)]
         return tokens
-
-    def _patches(self, images: Tensor) -> Tensor:
-        """Patch convolution as a product in FP16: pixels in 0..1 keep eleven bits, four more than in BF16."""
-        frames, channels, height, width = images.shape
-        side = self.patch
-        grid = images.half().reshape(frames, channels, height // side, side, width // side, side)
-        flat = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * side * side)
-        flat = F.pad(flat, (0, self.kernel.shape[1] - flat.shape[1]))
-        return (flat @ self.kernel.t()).view(frames, -1, self.width).float() + self.offset
 
 
 class FastTrunk(nn.Module):
