@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
     from recon.config import Config
     from recon.engines import Session
+    from recon.frames import Sample
     from recon.network import Network
 
     Tensors = dict[str, torch.Tensor]
 
+KEPT = 2  # samples: those of the two networks of a configuration
+_SAMPLES: dict[str, Sample] = {}
 FAR = 0.01  # of the largest disparity; below it a relative error says nothing
 GATES = {"max_absrel": "absrel", "max_rotation_deg": "rotation_deg_max", "max_rel_l2": "rel_l2_max"}
 ALIGNMENT = {
@@ -132,10 +135,25 @@ def _inputs(config: Config, network: Network, role: str) -> tuple[list[Tensors],
         first = 10_000  # seeds that neither export nor benchmarks use
         why = "" if config.accuracy.examples else f": source={config.source.name} is live"
         return [network.example(first + i) for i in range(count)], {"frames": f"examples of the network{why}"}
+    found = _sample(config, network, role)
+    return found.feeds, {"frames": found.origin, "frames_shared_with_calibration": found.shared}
+
+
+def _sample(config: Config, network: Network, role: str) -> Sample:
+    """Frames for a network. Those of the synthetic source are kept: every job of a sweep would render them again."""
+    from recon.artifact import content_key
     from recon.frames import sample
 
-    found = sample(config, network, role, count, skip=config.calibration.batches)
-    return found.feeds, {"frames": found.origin, "frames_shared_with_calibration": found.shared}
+    count, skip = config.accuracy.batches, config.calibration.batches
+    if config.source.name != "synthetic" or config.calibration.path is not None:  # files may have changed
+        return sample(config, network, role, count, skip=skip)
+    option = config.model if role == "model" else config.depth
+    known = content_key([config.source.settings(), option.settings(), network.name, role, count, skip])
+    if known not in _SAMPLES:
+        _SAMPLES[known] = sample(config, network, role, count, skip=skip)
+        while len(_SAMPLES) > KEPT:
+            del _SAMPLES[next(iter(_SAMPLES))]
+    return _SAMPLES[known]
 
 
 def _on_examples(config: Config) -> bool:

@@ -15,7 +15,7 @@ from recon.config import Config, option
 from recon.console import busy
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
-from recon.formats import LayerFormat, Recipe
+from recon.formats import LayerFormat, LayerInfo, Recipe
 from recon.network import Network
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ EXPORT_VERSION = "export.2"  # raise when the exporter writes other files for th
 CALIBRATION_VERSION = "calibration.1"
 WRITER_VERSION = "writer.1"
 BUILD_VERSION = "build.3"
+_RENDERED: dict[str, str] = {}  # content of frames that depend on settings alone: once a process, for sweeps
+_INFOS: dict[tuple[str, str], dict[str, LayerInfo]] = {}
 PLAIN = {"quant_mode": "none", "precision": "fp32"}
 
 
@@ -104,10 +106,14 @@ class Store:
     def ranges_key(self, network: Network, role: str) -> str:
         from recon.calibration import data_key
 
+        settings = self.config.calibration.settings()
         if role not in self._data_keys:  # frames are decoded for it: once a run
             views = next(iter(network.inputs.values())).shape[0] if role == "model" else 1
-            self._data_keys[role] = data_key(self.config.calibration, self.config.source, views)
-        settings = self.config.calibration.settings()
+            source, path = self.config.source, self.config.calibration.path
+            known = content_key([source.settings(), settings, views])
+            if source.name != "synthetic" or path is not None or known not in _RENDERED:
+                _RENDERED[known] = data_key(self.config.calibration, source, views)
+            self._data_keys[role] = _RENDERED[known]
         return content_key([CALIBRATION_VERSION, self.base_key(network), settings, self._data_keys[role]])
 
     def onnx_key(self, network: Network) -> str:
@@ -266,7 +272,10 @@ def _asked(store: Store, network: Network) -> Asked:
     from recon.quantise import assign, layer_infos
 
     ranges = read_ranges(calibrated(store, network).path) if store.needs_calibration else None
-    infos = layer_infos(network.load(), network.example(0))
+    known = (network.name, network.weights_key)
+    if known not in _INFOS:  # a sweep asks for the same networks again and again
+        _INFOS[known] = layer_infos(network.load(), network.example(0))
+    infos = _INFOS[known]
     formats = {"quant_mode": mode.layer_format(), "precision": precision.layer_format()}
     groups = {name: found for name, found in formats.items() if found is not None}
     layers = assign(infos, mode, precision)

@@ -17,6 +17,7 @@ from recon.network import Network, TensorSpec
 if TYPE_CHECKING:
     import torch
 
+_SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks that were opened in this process
 EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
 
 
@@ -33,7 +34,10 @@ class TorchSession(Session):
         tensors = [*module.parameters(), *module.buffers()]
         self._weights_mib = sum(t.numel() * t.element_size() for t in tensors) / MIB
         self._first_run_mib: float | None = None
-        self.outputs = self._output_specs(network)
+        known = (network.name, network.weights_key, network.outputs, device, type(module))
+        if known not in _SPECS:  # takes as long as several inferences
+            _SPECS[known] = self._output_specs(network)
+        self.outputs = dict(_SPECS[known])
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
