@@ -20,6 +20,7 @@ from recon.graph.rules import LIMIT, LOGITS, weight_misfit
 from recon.graph.typed import convert
 from recon.graph.types import value_types
 from recon.graph.writer import fit_opset, place
+from recon.graph.writer_files import save
 from recon.network import Network
 from recon.observe import graph_maxima, layer_inputs
 from recon.precision import Precision
@@ -387,3 +388,31 @@ def test_tensorrt_takes_the_types(rest: str, outlier: tuple[Path, Ranges], tmp_p
     parser = trt.OnnxParser(net, logger)
     assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
     assert builder.build_serialized_network(net, builder.create_builder_config()) is not None
+
+
+@pytest.mark.slow
+def test_more_weights_than_one_protobuf_holds(tmp_path: Path) -> None:
+    """Three matrices of 0.8 GB: FP32 does not fit into 2 GiB, and must not have to."""
+    side = 14336
+    names = ("u", "v", "w")
+    nodes = [node("MatMul", [f"x{i}", name], f"x{i + 1}") for i, name in enumerate(names)]
+    ends = [helper.make_tensor_value_info(name, FLOAT, [1, side]) for name in ("x0", "x3")]
+    made = helper.make_model(
+        helper.make_graph(nodes, "large", ends[:1], ends[1:]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    diagonal = np.zeros((side, side), np.float32)
+    np.fill_diagonal(diagonal, 0.5)
+    for name in names:
+        made.graph.initializer.append(numpy_helper.from_array(diagonal, name))
+    del diagonal
+    save(made, tmp_path / "large.onnx")
+    del made
+    model = read_graph(tmp_path / "large.onnx")
+    convert(model, "fp16", ranges_of(x0=1, x1=1, x2=1, x3=1), set())
+    size = save(model, tmp_path / "half.onnx")
+    assert size == pytest.approx(3 * 2 * side**2, rel=1e-3)
+    types = value_types(read_graph(tmp_path / "half.onnx", weights=False))
+    assert {types[name] for name in names} == {HALF}
+    assert types["x3"] == FLOAT
