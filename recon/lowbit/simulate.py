@@ -30,7 +30,7 @@ def simulate(module: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
         ReconError: the recipe names a layer that the module does not have, or a range is missing.
     """
     layers = dict(module.named_modules())
-    weights: dict[nn.Linear, nn.Parameter] = {}
+    weights: dict[nn.Linear, Tensor] = {}
     hooks = []
     try:
         for path, form in recipe.layers.items():
