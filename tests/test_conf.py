@@ -137,7 +137,6 @@ def test_unknown_plus_keys_are_refused_with_the_nearest(override: str, near: str
         "+quant=modelopt-fp8",
         "precision=int8",
         "engine=tensorrt",
-        "engine=inductor",
     ],
 )
 def test_what_is_not_built_yet_is_refused_with_one_sentence(command: str) -> None:

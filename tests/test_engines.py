@@ -205,7 +205,7 @@ class _Fixed(TorchSession):
         return {"y": self.value}
 
 
-WORKING = {"engine": {"torch", "onnxruntime"}, "quant_mode": {"none"}, "precision": {"fp32"}}
+WORKING = {"engine": {"torch", "onnxruntime", "inductor"}, "quant_mode": {"none"}, "precision": {"fp32"}}
 
 
 @pytest.mark.parametrize(
