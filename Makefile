@@ -26,7 +26,7 @@ slow: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[cpu,mlflow,sweep,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[cpu,mlflow,sweep,trt,dev]"
 	@$(BIN)/python -m recon.doctor > /dev/null  # ends here, naming it, where a system library is missing
 	touch $@
 

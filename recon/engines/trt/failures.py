@@ -67,8 +67,10 @@ def _memory(heard: Heard, at: Situation) -> str:
         for pattern, unit in ASKED
         for found in pattern.finditer(text)
     ]
-    least = f"this process had grown to {at.peak_mib:.0f} MiB, with {at.weights_mib:.0f} MiB of weights to place"
-    needed = f"it asked for {max(asked):.0f} MiB more; {least}" if asked else f"it needed more than it got: {least}"
+    least = (
+        f"the {at.peak_mib:.0f} MiB that this process had grown to, with {at.weights_mib:.0f} MiB of weights to place"
+    )
+    needed = f"it asked for {max(asked):.0f} MiB beyond {least}" if asked else f"it needed more than {least}"
     host, gpu = at.free_mib
     free = f"{host:.0f} MiB of host memory" + (f" and {gpu:.0f} MiB of GPU memory" if gpu is not None else "")
     return f"{needed}; free now: {free}"

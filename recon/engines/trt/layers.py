@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ from recon.formats import EngineLayer
 
 FORMATS = {
     "float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16",
-    "int8": "int8", "fp8": "fp8", "int4": "int4", "fp4": "fp4", "e8m0": "e8m0", "int32": "int32", "int64": "int64",
-    "bool": "bool", "uint8": "uint8",
+    "int8": "int8", "fp8": "fp8", "int4": "int4", "fp4": "fp4", "fp4e2m1": "fp4",
+    "e8m0": "e8m0", "int32": "int32", "int64": "int64", "bool": "bool", "uint8": "uint8",
 }  # fmt: skip
+NARROW = ("int8", "int4", "fp8", "fp4")
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention")
 PATTERN = re.compile(r"Found (\S+) to be part of self-attention pattern")
 ATTENTION_KERNEL = "mha"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input, constant or output as a layer lists it."""
+
+    kind: str
+    shape: tuple[int, ...]
 
 
 def from_log(log: Path) -> tuple[EngineLayer, ...]:
@@ -75,10 +85,9 @@ def _section(text: str, key: str) -> str:
     return text[start:]
 
 
-def _tensors(section: str) -> Iterator[tuple[str, int]]:
-    """(format, elements) of every tensor in a section."""
+def _tensors(section: str) -> Iterator[Tensor]:
     for size, kind in re.findall(r"Dimensions: \[([\d,\-]*)\].*?Datatype: (\w+)", section):
-        yield _format(kind), prod(abs(int(part)) for part in size.split(",") if part)
+        yield Tensor(_format(kind), tuple(int(part) for part in size.split(",") if part))
 
 
 def _from_json(layer: Any) -> EngineLayer:
@@ -86,8 +95,8 @@ def _from_json(layer: Any) -> EngineLayer:
         return EngineLayer(layer, "", "")
     tensors = {key: [_described(item) for item in layer.get(key, [])] for key in ("Inputs", "Constants", "Outputs")}
     constants = tensors["Constants"]
-    if isinstance(weights := layer.get("Weights"), dict):
-        constants = [*constants, (_format(str(weights.get("Type", ""))), int(weights.get("Count", 0)))]
+    if isinstance(weights := layer.get("Weights"), dict):  # convolutions: a type and a count, no shape
+        constants = [*constants, Tensor(_format(str(weights.get("Type", ""))), (2, int(weights.get("Count", 0)) // 2))]
     nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(layer.get("Metadata", ""))) or [str(layer.get("Name", ""))]
     kernel = str(layer.get("TacticName", ""))
     return _layer(
@@ -95,10 +104,10 @@ def _from_json(layer: Any) -> EngineLayer:
     )
 
 
-def _described(item: Any) -> tuple[str, int]:
-    """(format, elements): `Datatype` in 11.x, the start or end of `Format/Datatype` before."""
+def _described(item: Any) -> Tensor:
+    """`Datatype` in 11.x, a word of `Format/Datatype` before."""
     kind = str(item.get("Datatype", "")) or _in_words(str(item.get("Format/Datatype", item.get("Format", ""))))
-    return _format(kind), prod(abs(int(size)) for size in item.get("Dimensions", []))
+    return Tensor(_format(kind), tuple(int(size) for size in item.get("Dimensions", [])))
 
 
 def _in_words(text: str) -> str:
@@ -113,18 +122,21 @@ def _format(kind: str) -> str:
 def _layer(
     name: str,
     op: str,
-    inputs: list[tuple[str, int]],
-    constants: list[tuple[str, int]],
-    outputs: list[tuple[str, int]],
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    outputs: list[Tensor],
     kernel: str,
     nodes: Iterable[str],
 ) -> EngineLayer:
     parts = [node.split(SEPARATOR) for node in nodes]
     modules = sorted({part[0] for part in parts if len(part) > 1 and part[0] and part[1] in PRODUCTS})
-    heaviest = max(constants, key=lambda item: item[1], default=("", 0))
-    weight = heaviest[0] if heaviest[1] > 1 and modules else ""
-    compute = next((kind for kind, _ in (*inputs, *outputs)), "")
+    matrices = [item for item in constants if sum(size > 1 for size in item.shape) > 1]
+    weight = max(matrices, key=lambda item: prod(item.shape)).kind if matrices else ""
+    unpacks = not inputs and weight in NARROW  # gives a product its weight, from codes
+    if op == "kgen" and not unpacks and not re.search(r"gemm|mha|Fc", name):
+        modules = []  # moves, scales or rounds what products take and give
+    compute = next((item.kind for item in (*inputs, *outputs)), "")
     return EngineLayer(
-        name, op, compute, weight, tuple(modules), kernel,
-        tuple(kind for kind, _ in inputs), tuple(kind for kind, _ in outputs),
+        name, op, compute, weight if modules else "", tuple(modules), kernel,
+        tuple(item.kind for item in inputs), tuple(item.kind for item in outputs),
     )  # fmt: skip
