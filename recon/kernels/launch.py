@@ -153,7 +153,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bo
     if triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128:  # else too few for the card
         specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale)
     else:
-        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=2, out_scale=out_scale)
+        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=3, out_scale=out_scale)
 
 
 WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)
@@ -175,23 +175,18 @@ def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None,
 def few_rows(
     a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None, out: Tensor, gelu: bool
 ) -> None:
-    """a [rows <= 16, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 16 == 0, K % 64 == 0."""
+    """a [rows <= 8, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 16 == 0, K % 64 == 0."""
     (rows, k), n = a.shape, weight.shape[0]
-    divisor = k & -k
-    pointers = (a, weight, scale, bias, addend if addend is not None else bias, out, n)
-    if rows == 1:
-        small_triton.one_row_kernel[(n // 4,)](
-            *pointers, K=k, BLOCK_N=4, BLOCK_K=min(divisor, 1024), GELU=gelu, ADD=addend is not None, num_warps=4
-        )
-    else:
-        small_triton.few_rows_kernel[(n // 16,)](
-            *pointers, K=k, ROWS=rows, BLOCK_N=16, BLOCK_K=min(divisor, 256), GELU=gelu, ADD=addend is not None,
-            num_warps=4,
-        )  # fmt: skip
+    padded = triton.next_power_of_2(rows)
+    block_k, warps = (1024, 4) if padded == 1 else (512, 8)
+    small_triton.few_rows_kernel[(n // 4,)](
+        a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
+        BLOCK_N=4, BLOCK_K=min(k & -k, block_k), GELU=gelu, ADD=addend is not None, num_warps=warps,
+    )  # fmt: skip
 
 
 def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
-    """qkv [rows <= 16, 3*C] FP32 with scaled queries -> out [rows, C]."""
+    """qkv [rows <= 8, 3*C] FP32 with scaled queries -> out [rows, C]."""
     rows, width = out.shape
     small_triton.few_tokens_attention_kernel[(heads,)](
         qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4

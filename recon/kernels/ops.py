@@ -15,7 +15,7 @@ from recon.errors import ReconError
 from recon.kernels import reference
 
 HEAD = 64
-FEW = 16
+FEW = 8
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -125,7 +125,7 @@ def few_rows(
 ) -> Tensor:
     """FP32 product with a weight [N,K] in FP16 of one FP32 scale a row; GELU, then addend.
 
-    Up to 16 rows it costs what reading the weight costs; more rows go through a general product.
+    Up to 8 rows it costs little more than reading the weight; more rows go through a general product.
     """
     if not a.is_cuda or a.shape[0] > FEW:
         return reference.few_rows(a, weight, scale, bias, addend, gelu)
@@ -137,7 +137,7 @@ def few_rows(
 
 
 def few_tokens_attention(qkv: Tensor, heads: int) -> Tensor:
-    """FP32 attention over one short sequence: qkv [rows, 3C], queries scaled -> [rows, C]; fast up to 16 rows."""
+    """FP32 attention over one short sequence: qkv [rows, 3C], queries scaled -> [rows, C]; fast up to 8 rows."""
     if not qkv.is_cuda or qkv.shape[0] > FEW:
         return reference.few_tokens_attention(qkv, heads)
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
