@@ -1,21 +1,22 @@
 """Engines, the reference harness, and options that this version refuses."""
 
-import importlib.util
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from small_network import images, network, seeded
 
 from recon.compare import OutputError, compare, require
 from recon.config import CONF, option
-from recon.engines import Engine
 from recon.engines.onnxruntime import OnnxRuntime, data_file, operators
 from recon.engines.torch import Torch, TorchSession
 from recon.errors import ReconError, Refused
 from recon.export import ExportOptions, export
+from recon.formats import LayerFormat
 from recon.network import TensorSpec
 
 
@@ -125,14 +126,17 @@ def test_providers_that_are_not_installed_are_refused() -> None:
             OnnxRuntime(name="onnxruntime", provider=provider).check()
 
 
-def test_a_provider_fallback_is_refused(engine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_fallback_is_refused(onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel that claims CUDA on a machine whose CUDA does not load: ONNX Runtime itself then falls back."""
     claimed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime really has CUDA")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: claimed)
-    with pytest.warns(UserWarning, match="not in available"), pytest.raises(ReconError, match="fell back to CPU"):
-        OnnxRuntime(name="onnxruntime", provider="cuda").load(engine_file)
+    with pytest.warns(UserWarning, match="not in available"), pytest.raises(ReconError, match="fall back to the CPU"):
+        OnnxRuntime(name="onnxruntime", provider="cuda").optimise(onnx_file, tmp_path / "cuda.engine")
+    if not torch.cuda.is_available():
+        with pytest.raises(ReconError, match="no CUDA device"):
+            OnnxRuntime(name="onnxruntime", provider="cuda").load(onnx_file)
 
 
 @pytest.mark.parametrize(
@@ -205,24 +209,129 @@ class _Fixed(TorchSession):
         return {"y": self.value}
 
 
-WORKING = {"engine": {"torch", "onnxruntime", "inductor"}, "quant_mode": {"none"}, "precision": {"fp32"}}
-
-
 @pytest.mark.parametrize(
-    ("group", "name"), [(g, path.stem) for g in WORKING for path in sorted((CONF / g).glob("*.yaml"))]
+    ("group", "name"),
+    [
+        (group, path.stem)
+        for group in ("engine", "quant_mode", "precision")
+        for path in sorted((CONF / group).glob("*"))
+    ],
 )
-def test_every_option_works_or_is_refused_with_what_works_instead(group: str, name: str) -> None:
-    if importlib.util.find_spec("recon.live.align") is None:
-        pytest.skip("recon.config needs recon.live.align")
+def test_every_option_works_here_or_is_refused_with_what_is_missing(group: str, name: str) -> None:
+    """Which of them work depends on the packages that are installed; what is refused says which one is missing."""
     found = option(group, name)
     assert found.name == name
-    if name in WORKING[group]:
+    refused = None
+    try:
         found.check()
+    except Refused as error:
+        refused = error
+    if refused is not None:
+        assert name in refused.problem
+        assert refused.problem.count("\n") == 0
+        assert refused.remedy
+
+
+def test_the_reference_and_the_default_always_work() -> None:
+    for group, name in (("engine", "torch"), ("engine", "onnxruntime"), ("quant_mode", "none"), ("precision", "fp8")):
+        option(group, name).check()
+
+
+WEIGHTS = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+ONNX_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int8": TensorProto.INT8,
+              "fp8": TensorProto.FLOAT8E4M3FN, "nvfp4": TensorProto.FLOAT4E2M1}  # fmt: skip
+
+
+def one_product(form: str, path: Path) -> Path:
+    """x [8,64] times a constant in a format, with activations in it for int8 and fp8; FP32 in and out."""
+    kind, nodes, weight, value = ONNX_TYPES.get(form, TensorProto.FLOAT), [], "w", "x"
+    scale = {"int8": np.abs(WEIGHTS).max() / 127, "fp8": np.abs(WEIGHTS).max() / 448}.get(form, 1.0)
+    codes = WEIGHTS / scale if form != "nvfp4" else np.sign(WEIGHTS)
+    constants = [helper.make_tensor("w", kind, (64, 64), (np.round(codes) if form == "int8" else codes).ravel())]
+    if form in ("int8", "fp8", "nvfp4"):
+        constants.append(numpy_helper.from_array(np.float32(scale), "s"))
+        nodes.append(helper.make_node("DequantizeLinear", ["w", "s"], ["wd"]))
+        weight = "wd"
+    if form in ("int8", "fp8"):
+        steps = 127 if form == "int8" else 448
+        constants.append(numpy_helper.from_array(np.float32(4 / steps), "xs"))
+        constants.append(helper.make_tensor("z", kind, (), [0]))
+        nodes.append(helper.make_node("QuantizeLinear", ["x", "xs", "z"], ["xq"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["xq", "xs", "z"], ["xd"]))
+        value = "xd"
+    if form in ("fp16", "bf16"):
+        nodes.append(helper.make_node("Cast", ["x"], ["xc"], to=kind))
+        value = "xc"
+    last = "yc" if form in ("fp16", "bf16") else "y"
+    nodes.append(helper.make_node("MatMul", [value, weight], [last], name="product"))
+    if last == "yc":
+        nodes.append(helper.make_node("Cast", ["yc"], ["y"], to=TensorProto.FLOAT))
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, [8, 64])] for name in "xy"]
+    graph = helper.make_graph(nodes, "one", *ends, initializer=constants)
+    opset = 23 if form == "nvfp4" else 20
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11 if opset > 22 else 10
+    )
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "bf16", "int8", "fp8", "nvfp4"])
+def test_what_the_cpu_provider_is_said_to_run_is_what_it_runs(form: str, tmp_path: Path) -> None:
+    rest = form if form in ("fp32", "fp16", "bf16") else "fp32"
+    formats = [] if rest == form else [LayerFormat(form)]  # type: ignore[arg-type]
+    engine, built = OnnxRuntime(name="onnxruntime"), tmp_path / "one.engine"
+    graph = one_product(form, tmp_path / "one.onnx")
+    x = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    if refused := engine.refuses(formats, rest):  # type: ignore[arg-type]
+        assert form in ("bf16", "nvfp4")
+        assert "cpu provider has no" in refused
+        with pytest.raises(ReconError, match="cannot load it"):
+            engine.optimise(graph, built)
         return
-    with pytest.raises(Refused, match=name) as caught:
-        found.check()
-    assert caught.value.problem.count("\n") == 0
-    assert caught.value.remedy
-    if isinstance(found, Engine):
-        with pytest.raises(Refused):
-            found.load(Path("some.engine"))
+    engine.optimise(graph, built)
+    with engine.load(built) as session:
+        error = (session.infer({"x": x})["y"] - x @ torch.from_numpy(WEIGHTS)).norm() / (
+            x @ torch.tensor(WEIGHTS)
+        ).norm()
+    assert error < {"fp32": 1e-6, "fp16": 1e-3, "int8": 2e-2, "fp8": 6e-2}[form]
+    (layer,) = engine.inspect(built).layers
+    assert layer.compute == ("int8" if form == "int8" else "fp32"), "there is a kernel for INT8 alone"
+    assert layer.weight == ("fp32" if form == "fp16" else form), "FP16 weights are widened, the others stay"
+
+
+def test_layers_that_share_a_quantised_input_stay_int8(tmp_path: Path) -> None:
+    """Query, key and value: ONNX Runtime alone computes them in FP32."""
+    model = onnx.load(str(one_product("int8", tmp_path / "one.onnx")))
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    again = onnx.NodeProto()
+    again.CopyFrom(product)
+    again.name, again.output[0] = "again", "y2"
+    model.graph.node.extend([again, helper.make_node("Add", ["y1", "y2"], ["y"])])
+    product.output[0] = "y1"
+    onnx.save(model, str(tmp_path / "two.onnx"))
+    engine = OnnxRuntime(name="onnxruntime")
+    facts = engine.optimise(tmp_path / "two.onnx", tmp_path / "two.engine")
+    assert facts["ops"]["com.microsoft::MatMulIntegerToFloat"] == 2
+    assert "Q/DQ pairs unshared" in facts["held_back"]
+    assert {layer.compute for layer in engine.inspect(tmp_path / "two.engine").layers} == {"int8"}
+
+
+def test_weight_only_products_are_not_given_quantised_activations(tmp_path: Path) -> None:
+    model = onnx.load(str(one_product("int8", tmp_path / "one.onnx")))
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    product.input[0] = "x"
+    keep = [node for node in model.graph.node if not node.output[0].startswith("x")]
+    del model.graph.node[:]
+    model.graph.node.extend(keep)
+    onnx.save(model, str(tmp_path / "wo.onnx"))
+    engine = OnnxRuntime(name="onnxruntime")
+    engine.optimise(tmp_path / "wo.onnx", tmp_path / "wo.engine")
+    (layer,) = engine.inspect(tmp_path / "wo.engine").layers
+    assert (layer.compute, layer.weight, layer.inputs) == ("fp32", "int8", ())
+
+
+def test_modules_of_the_source_are_known_in_the_engine(onnx_file: Path, engine_file: Path) -> None:
+    """Fusions and layouts rename nodes; the build leaves in the file what they were."""
+    layers = OnnxRuntime(name="onnxruntime").inspect(engine_file).layers
+    assert {module for layer in layers for module in layer.modules} == {"stem", "patch", "qkv", "out"}

@@ -128,6 +128,11 @@ class OnnxRuntime(Engine):
         """On the current CUDA device of torch, with a stream that torch knows."""
         import torch
 
+        if not torch.cuda.is_available():
+            raise ReconError(
+                f"engine.provider={self.provider}: this PyTorch {torch.__version__} sees no CUDA device",
+                "a PyTorch with CUDA on a machine with a GPU, or engine.provider=cpu",
+            )
         device = f"cuda:{torch.cuda.current_device()}"
         stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         before = torch.cuda.mem_get_info(device)[0]
@@ -161,6 +166,11 @@ class OnnxRuntime(Engine):
             )
         except Exception as error:  # its exceptions have no common base but Exception
             reason = str(error).strip().splitlines()[0]
+            if "fallback to CPU" in reason:
+                raise ReconError(
+                    f"engine.provider={provider}: {path.name} would fall back to the CPU, wholly or in part",
+                    "the provider's libraries do not load, or it lacks an operator; or choose engine.provider=cpu",
+                ) from error
             raise ReconError(
                 f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}",
                 "the file is damaged or uses what this ONNX Runtime lacks: delete it and run again",
