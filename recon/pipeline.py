@@ -171,13 +171,13 @@ def reconstruct(run: Run) -> str:
     workers = config.depth.workers or len(config.source.cameras())
     with ExitStack() as stack:
         session = store.session("model", stack)
-        found = bootstrap_artifact(store, session)
         depth = partial(store.open, "depth")
         # room for all batches in flight, so that handing one in never waits
         waiting = max(2, config.stream.ahead) * len(config.source.cameras())
         pool = stack.enter_context(
             DepthAnythingPool(depth, workers=workers, waiting=waiting, predict=config.depth.predict)
         )
+        found = bootstrap_artifact(store, session, pool)
         again = partial(config.model.bootstrap, scale=found[1].scale, session=session)
         result = reconstruct_scene(config, found, pool, again, run.folder)
     run.reconstruction = result

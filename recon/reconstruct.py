@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,9 @@ def bootstrap_key(store: Store) -> str:
     config = store.config
     network = store.networks().get("model")
     engine = store.engine_key(network) if network else None
-    scale = [config.source.scale(), config.source.baseline(), config.scale]
+    depth = store.networks().get("depth") if config.depth.type == "metric" else None
+    unit = store.engine_key(depth) if depth else None
+    scale = [config.source.scale(), config.source.baseline(), config.scale, unit]
     return content_key([BOOTSTRAP_VERSION, config.model.settings(), config.source.content_key(), scale, engine])
 
 
@@ -112,8 +115,11 @@ def bootstrap_path(store: Store, key: str) -> Path:
     return store.root / "cache" / "bootstrap" / f"{store.config.model.name}-{key[:12]}.npz"
 
 
-def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact, Bootstrap]:
-    """The bootstrap of this configuration, from the cache where nothing that it depends on has changed."""
+def bootstrap_artifact(store: Store, session: Session | None, pool: DepthAnythingPool) -> tuple[Artifact, Bootstrap]:
+    """The bootstrap of this configuration, from the cache where nothing that it depends on has changed.
+
+    pool: depth workers, used where a metric depth model gives the unit.
+    """
     config, key = store.config, bootstrap_key(store)
     path = bootstrap_path(store, key)
 
@@ -121,7 +127,8 @@ def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact,
         views = config.source.bootstrap()
         with busy(f"Bootstrapping from {len(views)} cameras with {config.model.name}"):
             found = config.model.bootstrap(views, config.source.scale(), session)
-            found = metric(found, views, config.source.baseline(), config.scale)
+            learned = partial(_with_depth, views, pool) if config.depth.type == "metric" else None
+            found = metric(found, views, config.source.baseline(), config.scale, learned)
         write_bootstrap(folder / path.name, found)
         return {"cameras": [view.camera for view in views], "scale": asdict(found.scale), **found.notes}
 
@@ -129,6 +136,10 @@ def bootstrap_artifact(store: Store, session: Session | None) -> tuple[Artifact,
     requested = {"model": config.model.settings(), "source": config.source.settings()}
     artifact = obtain(path, "bootstrap", key, make, requested=requested, force=fresh)
     return artifact, read_bootstrap(path)
+
+
+def _with_depth(views: list[View], pool: DepthAnythingPool) -> list[View]:
+    return [replace(view, depth=result.depth) for view, result in zip(views, pool.map(views), strict=True)]
 
 
 def reconstruct_scene(
@@ -191,7 +202,7 @@ def _bootstrap_again(
     """
     old = streamer.bootstrap
     known = [
-        replace(view, K=old.K_source[view.camera], T_world_cam=old.T_world_cam[view.camera])
+        replace(view, K=old.K_source[view.camera], T_world_cam=old.T_world_cam[view.camera], pose_trusted=False)
         if view.T_world_cam is None
         else view
         for view in views

@@ -10,6 +10,7 @@ import torch
 from transformers import DepthAnythingForDepthEstimation, DPTImageProcessor
 
 from recon.depth.depth_anything import DepthAnything, keep_aspect
+from recon.depth.metric_depth_anything import MetricDepthAnything
 from recon.depth.nets.depth_anything import ARCHITECTURES, _seeded, configuration, preprocess, restore
 from recon.engines.torch import Torch
 from recon.errors import ReconError
@@ -181,12 +182,36 @@ def test_a_local_folder_loads_strictly(tmp_path: Path) -> None:
         twin(weights=str(tmp_path)).check()
 
 
-def test_a_metric_model_is_no_disparity(tmp_path: Path) -> None:
-    model = _seeded("twin", 0)
-    model.config.depth_estimation_type = "metric"
-    model.save_pretrained(tmp_path)
+def test_metric_and_relative_models_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    _seeded("twin", 0, metric=True).save_pretrained(tmp_path / "metric")
+    _seeded("twin", 0).save_pretrained(tmp_path / "relative")
     with pytest.raises(ReconError, match="predicts metric depth"):
-        twin(weights=str(tmp_path)).network().load()
+        twin(weights=str(tmp_path / "metric")).network().load()
+    with pytest.raises(ReconError, match="predicts relative depth"):
+        metric_twin(weights=str(tmp_path / "relative")).network().load()
+
+
+def metric_twin(**knobs: object) -> MetricDepthAnything:
+    return MetricDepthAnything(
+        name="metric-twin", architecture="twin", **{"weights": "seeded:0", "input_size": 56, **knobs}
+    )
+
+
+@torch.inference_mode()
+def test_a_metric_model_gives_the_library_s_metres(tmp_path: Path) -> None:
+    model = _seeded("twin", 4, metric=True).eval()
+    model.save_pretrained(tmp_path)
+    depth = metric_twin(weights=str(tmp_path))
+    assert depth.type == "metric"
+    network = depth.network()
+    assert network.outputs == ("depth",)
+    pixels = network.example(0)["pixel_values"]
+    wanted = model(pixel_values=pixels).predicted_depth
+    assert torch.allclose(network.load()(pixels)[0], wanted, rtol=1e-5, atol=1e-6)
+    assert 0 < float(wanted.min()) <= float(wanted.max()) < 20
+    with Torch(name="torch").session(network, None) as session:
+        found = depth.predict(View("a", 0, np.zeros((60, 80, 3), np.uint8)), session)
+    assert found.shape == (60, 80)
 
 
 @pytest.mark.parametrize(

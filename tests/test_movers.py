@@ -22,7 +22,7 @@ def with_box(column: int, depth: float = 2.0) -> np.ndarray:
 
 
 def test_a_thing_that_moves_is_never_fused() -> None:
-    mask = MoverMask(3, 0.08)
+    mask = MoverMask(3, 0.04)
     for step in range(8):
         still, share = mask.apply(with_box(10 + 14 * step % 110), WALL, HERE)
         assert still.min() != 2.0
@@ -32,15 +32,15 @@ def test_a_thing_that_moves_is_never_fused() -> None:
 
 
 def test_a_thing_that_stays_is_fused_after_so_many_frames() -> None:
-    mask = MoverMask(3, 0.08)
+    mask = MoverMask(3, 0.04)
     seen = [bool((mask.apply(with_box(50), WALL, HERE)[0] == 2.0).any()) for _ in range(5)]
     assert seen == [False, False, True, True, True]
 
 
 def test_noise_does_not_reset_the_count_and_a_thing_leaving_is_fused_at_once() -> None:
-    mask, rng = MoverMask(3, 0.08), np.random.default_rng(0)
+    mask, rng = MoverMask(3, 0.04), np.random.default_rng(0)
     for _ in range(3):
-        noisy = (with_box(50) * (1 + 0.01 * rng.standard_normal((120, 160)))).astype(np.float32)
+        noisy = (with_box(50) * (1 + 0.005 * rng.standard_normal((120, 160)))).astype(np.float32)
         still, share = mask.apply(noisy, WALL, HERE)
     assert share == 0.0
     behind = np.full((120, 160), 4.0, np.float32)
@@ -50,14 +50,14 @@ def test_noise_does_not_reset_the_count_and_a_thing_leaving_is_fused_at_once() -
 
 
 def test_a_camera_that_moves_is_not_judged() -> None:
-    mask = MoverMask(3, 0.08)
+    mask = MoverMask(3, 0.04)
     mask.apply(with_box(50), WALL, HERE)
     there = HERE.copy()
     there[0, 3] = 0.1
     still, share = mask.apply(with_box(90), WALL, there)
     assert share is None
     assert (still == 2.0).any()
-    assert MoverMask(0, 0.08).apply(with_box(50), WALL, HERE)[1] is None
+    assert MoverMask(0, 0.04).apply(with_box(50), WALL, HERE)[1] is None
 
 
 @pytest.mark.parametrize("fusion", ["tsdf", "surfel"])

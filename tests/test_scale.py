@@ -73,11 +73,21 @@ def test_recorded_depth(room: tuple[list[View], Bootstrap]) -> None:
     assert found.notes["scale_depth_spread"] < 1e-4
 
 
+def test_a_metric_model(room: tuple[list[View], Bootstrap]) -> None:
+    views, truth = room
+    said = [replace(view, depth=view.depth * np.float32(1.05)) for view in views]  # the model is 5 % off
+    found = metric(shrunk(truth), blind(views), None, ScaleOptions(), lambda: said)
+    assert found.scale == Scale("m", "metric model")
+    assert found.notes["scale_metres_per_unit"] == pytest.approx(1.05 * UNKNOWN, rel=1e-4)
+    recorded = metric(shrunk(truth), views, None, ScaleOptions(), lambda: said)
+    assert recorded.scale.source == "recorded depth"
+
+
 def test_without_anything_known_the_unit_stays_arbitrary(room: tuple[list[View], Bootstrap]) -> None:
     views, truth = room
     assert metric(shrunk(truth), blind(views), None, ScaleOptions()).scale.unit == "arbitrary"
     assert metric(shrunk(truth), views, None, ScaleOptions(source="none")).scale.unit == "arbitrary"
-    for source in ("baseline", "board", "depth"):
+    for source in ("baseline", "board", "depth", "model"):
         with pytest.raises(ReconError, match=f"scale.source={source} gives no metres"):
             metric(shrunk(truth), blind(views), None, ScaleOptions(source=source))
 

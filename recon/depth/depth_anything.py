@@ -38,6 +38,7 @@ class DepthAnything(Depth):
     """Depth Anything V2 (Yang et al., NeurIPS 2024), relative models, through `transformers`."""
 
     input_range: ClassVar[tuple[float, float]] = (-2.118, 2.640)  # black and white after normalisation
+    output: ClassVar[str] = "disparity"
 
     weights: str = "depth-anything/Depth-Anything-V2-Small-hf"
     """Hugging Face id, a folder with config.json and model.safetensors, or seeded:N (deterministic, untrained)."""
@@ -68,16 +69,16 @@ class DepthAnything(Depth):
         _require_folder(self.weights, resolve(self.weights, self.revision))
 
     def network(self) -> Network:
-        """The network for one image: pixel_values [1,3,H,W] FP32, normalised -> disparity [1,H,W]."""
+        """The network for one image: pixel_values [1,3,H,W] FP32, normalised -> [1,H,W] FP32, named by `output`."""
         self.check()
         weights, size = resolve(self.weights, self.revision), self.size()
         shape = (1, 3, *size)
         return Network(
             name=f"{self.name}-{'x'.join(map(str, shape))}",
             inputs={"pixel_values": TensorSpec(shape)},
-            outputs=("disparity",),
+            outputs=(self.output,),
             weights_key=_weights_key(weights, self.architecture),
-            load=partial(_load, weights, self.architecture, size),
+            load=partial(_load, weights, self.architecture, size, self.type == "metric"),
             example=partial(_example, size),
             settings={"weights": self.weights, "revision": self.revision},
             licence=self.licence,
@@ -94,14 +95,14 @@ class DepthAnything(Depth):
         return 1, (height // PATCH) * (width // PATCH)
 
     def predict(self, view: View, session: Session | None) -> DepthImage:
-        """[H,W] float32 disparity at the image's own size: larger is nearer, up to an unknown scale and shift."""
+        """[H,W] float32 at the image's own size. Disparity: larger is nearer, up to an unknown scale and shift."""
         from recon.depth.nets.depth_anything import restore
 
         assert session is not None, "Depth Anything has a network"
         _, _, height, width = session.inputs["pixel_values"].shape
         _tell_of_stretching(view.size, (width, height))
-        disparity = session.infer(_feeds([view], (height, width)))["disparity"]
-        found: DepthImage = restore(disparity.cpu(), view.size[::-1])[0].numpy()
+        answer = session.infer(_feeds([view], (height, width)))[self.output]
+        found: DepthImage = restore(answer.cpu(), view.size[::-1])[0].numpy()
         return found
 
     def size(self) -> tuple[int, int]:
@@ -133,14 +134,14 @@ def _weights_key(weights: Weights, architecture: str) -> str:
     return key if weights.file is None else f"{key}+{file_hash(weights.file.parent / 'config.json')[:16]}"
 
 
-def _load(weights: Weights, architecture: str, size: tuple[int, int]) -> torch.nn.Module:
+def _load(weights: Weights, architecture: str, size: tuple[int, int], metric: bool) -> torch.nn.Module:
     from recon.depth.nets.depth_anything import build
 
     folder: Path | None = weights.file.parent if weights.file is not None else None
     if weights.hub is not None:
         download(*weights.hub, "config.json")
         folder = download(*weights.hub, "model.safetensors").parent
-    return build(size, seed=weights.seed, architecture=architecture, folder=folder)
+    return build(size, seed=weights.seed, architecture=architecture, folder=folder, metric=metric)
 
 
 def _feeds(views: list[View], size: tuple[int, int]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ reconstruction; `metric` multiplies all lengths by the ratio and names its sourc
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from recon.geometry.rig import Baseline
 
 log = logging.getLogger(__name__)
-SOURCES = ("auto", "none", "baseline", "board", "depth")
+SOURCES = ("auto", "none", "baseline", "board", "depth", "model")
 LEAST_PIXELS = 500
 """Pixels with recorded and predicted depth below which their ratio is no measurement."""
 LEAST_CORNERS = 6
@@ -33,8 +34,8 @@ class ScaleOptions:
     """Where the unit of the map comes from, beside poses in metres, which always win."""
 
     source: str = "auto"
-    """auto: a known baseline, a board of known size or recorded depth, whichever is there, in this order; none: the
-    unit stays arbitrary; baseline, board, depth: this one, or the run is refused."""
+    """auto: a known baseline, a board of known size, recorded depth or a metric depth model, the first that is there;
+    none: the unit stays arbitrary; baseline, board, depth, model: this one, or the run is refused."""
     baseline: list[str] = field(default_factory=list)
     """Two cameras whose distance is known, by name."""
     baseline_m: float = 0.0
@@ -73,20 +74,27 @@ class ScaleOptions:
             )
 
 
-def metric(found: Bootstrap, views: list[View], known: Baseline | None, options: ScaleOptions) -> Bootstrap:
+def metric(
+    found: Bootstrap,
+    views: list[View],
+    known: Baseline | None,
+    options: ScaleOptions,
+    learned: Callable[[], list[View]] | None = None,
+) -> Bootstrap:
     """The bootstrap in metres, where something of known size was seen; unchanged where nothing was.
 
     A bootstrap that is metric already stays as it is; what `options` ask for is then measured as a check.
 
     Args:
         found: depth and cameras in any unit. views: the frames that it was found on. known: the source's own baseline.
+        learned: gives the same frames with the depth of a metric model in place of a recorded one.
 
     Raises:
         ReconError: the source that `options` name gives no measurement.
     """
     if options.source == "none":
         return found
-    measured = _measure(found, views, known, options)
+    measured = _measure(found, views, known, options, learned)
     if measured is None:
         return found
     factor, name, notes = measured
@@ -107,7 +115,11 @@ def metric(found: Bootstrap, views: list[View], known: Baseline | None, options:
 
 
 def _measure(
-    found: Bootstrap, views: list[View], known: Baseline | None, options: ScaleOptions
+    found: Bootstrap,
+    views: list[View],
+    known: Baseline | None,
+    options: ScaleOptions,
+    learned: Callable[[], list[View]] | None,
 ) -> tuple[float, str, Notes] | None:
     """The first source that gives a ratio. A check of a metric bootstrap uses only what was given by hand."""
     checking = found.scale.unit == "m"
@@ -123,10 +135,15 @@ def _measure(
         reasons.append(board)
         log.warning("no metres from the board: %s", board)
     if options.source in ("auto", "depth") and not checking:
-        depth = _by_depth(found, views)
+        depth = _by_depth(found, views, "recorded depth")
         if isinstance(depth, tuple):
             return depth
         reasons.append(depth)
+    if options.source in ("auto", "model") and not checking:
+        depth = _by_depth(found, learned() if learned is not None else [], "metric model")
+        if isinstance(depth, tuple):
+            return depth
+        reasons.append("the streaming depth is no metric model" if learned is None else depth)
     if options.source != "auto" and not checking:
         raise ReconError(
             f"scale.source={options.source} gives no metres: {reasons[-1]}",
@@ -220,11 +237,11 @@ def _corners(grey: Any, options: ScaleOptions) -> dict[int, Array]:
     return {int(number): pixel for number, pixel in pairs}
 
 
-def _by_depth(found: Bootstrap, views: list[View]) -> tuple[float, str, Notes] | str:
-    """Median ratio of recorded to predicted depth over all pixels that have both."""
+def _by_depth(found: Bootstrap, views: list[View], name: str) -> tuple[float, str, Notes] | str:
+    """Median ratio of the views' depth to the bootstrap's over all pixels that have both."""
     recorded = {view.camera: view.depth for view in views if view.depth is not None}
     if not recorded:
-        return "no frame has recorded depth"
+        return f"no frame has depth ({name})"
     ratios = []
     for posed in found.views:
         if posed.camera in recorded:
@@ -239,9 +256,9 @@ def _by_depth(found: Bootstrap, views: list[View]) -> tuple[float, str, Notes] |
     notes: Notes = {
         "scale_depth_pixels": float(pooled.size),
         "scale_depth_spread": spread,
-        "scale_confidence": f"recorded depth: ratios differ by {spread:.1%} (median)",
+        "scale_confidence": f"{name}: ratios differ by {spread:.1%} (median)",
     }
-    return factor, "recorded depth", notes
+    return factor, name, notes
 
 
 def _depth_at_source(found: Bootstrap, views: list[View]) -> dict[tuple[int, str], DepthImage]:

@@ -56,9 +56,9 @@ class Align:
     """Cost of pixels behind the map against those in front. Higher is safer against new objects, and mistakes more what
     has left the scene (where that is 30 % of the image, 1.5 fails on 15 % of the frames and 2 on 70 %)."""
     moving_frames: int = 5
-    """Depth in front of the map is fused once it has been the same for so many frames, so what moves does not smear;
-    0 fuses everything. For cameras that stand still."""
-    moving_tolerance: float = 0.08
+    """Depth that the map does not know is fused once it has been the same for so many frames, so what moves does not
+    smear; 0 fuses everything. For cameras that stand still."""
+    moving_tolerance: float = 0.04
     """Depths that differ by less than this, relative, are the same; twice the frame's own residual if that is more."""
     seed: int = 0
     per_camera_calib: str | None = None

@@ -1,9 +1,10 @@
 """Moving things: depth in front of the map that does not stay where it is, is kept out of the map.
 
-A pixel whose depth lies in front of the reference shows something that the bootstrap did not see. If it is a new
-object, the depth there stays the same from frame to frame; if it moves, it does not. So such a pixel is fused only
-once its depth has been the same for some frames. Depth behind the reference is always fused: that is how a map forgets
-what has left. Judged at the resolution of the rendered reference, per pixel, so only for cameras that stand still.
+A pixel whose depth lies in front of the reference, or where the reference knows nothing, shows something that the
+bootstrap did not see. If it is there to stay, its depth is the same from frame to frame; if it moves, it is not. So
+such a pixel is fused only once its depth has been the same for some frames. Depth behind the reference is always fused:
+that is how a map forgets what has left. Judged at the resolution of the rendered reference, per pixel, so only for
+cameras that stand still.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ class MoverMask:
     def _judge(self, small: DepthImage, reference: DepthImage, tolerance: float) -> Mask:
         """Which pixels, at the reference's resolution, are not to be fused; updates the memory."""
         known = (small > 0) & (reference > 0)
-        front: Mask = known & (small < reference * (1 - tolerance))
+        new: Mask = (small > 0) & ((reference == 0) | (small < reference * (1 - tolerance)))
         same = np.abs(small - self._last) <= tolerance * small
-        self._stable = np.where(front, np.where(same, self._stable + 1, 1), 0).astype(np.int32)
+        self._stable = np.where(new, np.where(same, self._stable + 1, 1), 0).astype(np.int32)
         self._last = small
-        out: Mask = front & (self._stable < self.frames)
+        out: Mask = new & (self._stable < self.frames)
         return _grown(out) & ~(known & (small >= reference * (1 - tolerance / 2)))
 
 

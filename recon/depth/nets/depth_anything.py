@@ -87,13 +87,18 @@ class DisparityNet(nn.Module):
         return network
 
 
-def build(size: tuple[int, int], *, seed: int | None, architecture: str, folder: Path | None) -> DisparityNet:
+def build(
+    size: tuple[int, int], *, seed: int | None, architecture: str, folder: Path | None, metric: bool = False
+) -> DisparityNet:
     """The network for images of `size` (height, width): from a folder with config.json and weights, or seeded.
 
+    metric: one of the models that give depth in metres instead of disparity.
+
     Raises:
-        ReconError: the folder holds no such network, weights are missing or left over, or it predicts metric depth.
+        ReconError: the folder holds no such network, weights are missing or left over, or its output is of the other
+            kind.
     """
-    model = _from_folder(folder) if folder is not None else _seeded(architecture, seed or 0)
+    model = _from_folder(folder, metric) if folder is not None else _seeded(architecture, seed or 0, metric)
     return DisparityNet(model.requires_grad_(False).eval(), *size).eval()
 
 
@@ -118,8 +123,11 @@ def restore(disparity: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(disparity.float()[:, None], size, mode="bicubic", align_corners=False)[:, 0]
 
 
-def configuration(architecture: str) -> DepthAnythingConfig:
-    """The configuration of a published model, of ours (mini), or of the miniature for tests (twin)."""
+def configuration(architecture: str, metric: bool = False) -> DepthAnythingConfig:
+    """The configuration of a published model, of ours (mini), or of the miniature for tests (twin).
+
+    Metric depth ends at 20 m, as in the published indoor models.
+    """
     sizes = ARCHITECTURES[architecture]
     backbone = Dinov2Config(
         hidden_size=sizes["width"], num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"],
@@ -129,18 +137,20 @@ def configuration(architecture: str) -> DepthAnythingConfig:
     return DepthAnythingConfig(
         backbone_config=backbone, reassemble_hidden_size=sizes["width"], neck_hidden_sizes=sizes["neck"],
         fusion_hidden_size=sizes["fusion"],
+        **({"depth_estimation_type": "metric", "max_depth": 20} if metric else {}),
     )  # fmt: skip
 
 
-def _seeded(architecture: str, seed: int) -> DepthAnythingForDepthEstimation:
-    model = DepthAnythingForDepthEstimation(configuration(architecture))
+def _seeded(architecture: str, seed: int, metric: bool = False) -> DepthAnythingForDepthEstimation:
+    model = DepthAnythingForDepthEstimation(configuration(architecture, metric))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(seeded_state(shapes, seed), strict=True)
-    model.head.conv3.bias.data += 1  # the last ReLU would cut half of an untrained output to 0
+    if not metric:
+        model.head.conv3.bias.data += 1  # the last ReLU would cut half of an untrained output to 0
     return model
 
 
-def _from_folder(folder: Path) -> DepthAnythingForDepthEstimation:
+def _from_folder(folder: Path, metric: bool) -> DepthAnythingForDepthEstimation:
     try:
         with _quiet():
             model, info = DepthAnythingForDepthEstimation.from_pretrained(
@@ -154,10 +164,10 @@ def _from_folder(folder: Path) -> DepthAnythingForDepthEstimation:
         ) from error
     if problems := {kind: sorted(map(str, names))[:4] for kind, names in info.items() if names}:
         raise ReconError(f"{folder}: the weights do not fit the network: {problems}", "fetch the folder again")
-    if model.config.depth_estimation_type != "relative":
+    if model.config.depth_estimation_type != (wanted := "metric" if metric else "relative"):
         raise ReconError(
-            f"{folder}: predicts {model.config.depth_estimation_type} depth, and this option is for disparity",
-            "choose a Depth Anything V2 model without Metric in its name",
+            f"{folder}: predicts {model.config.depth_estimation_type} depth, and this option is for {wanted} depth",
+            "metric models have Metric in their name and belong to depth=da2-metric-*, the others to depth=da2-*",
         )
     return model
 
