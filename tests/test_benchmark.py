@@ -24,8 +24,9 @@ from recon.benchmark import (
 from recon.engines import Session
 from recon.engines.onnxruntime import OnnxRuntime
 from recon.engines.torch import TorchSession
-from recon.errors import ReconError, Refused
+from recon.errors import ReconError
 from recon.export import ExportOptions, export
+from recon.lanes import Lane, run_frames, run_streams
 from recon.network import TensorSpec
 
 
@@ -124,7 +125,13 @@ def test_synthetic_inputs_fit_the_session_and_repeat() -> None:
     [
         (BenchmarkOptions(iterations=0), ReconError, "iterations=0"),
         (BenchmarkOptions(warmup=-1), ReconError, "warmup=-1"),
-        (BenchmarkOptions(co_run=["a.engine", "b.engine"], every=[1, 3]), Refused, "co_run"),
+        (BenchmarkOptions(co_run=["a.engine", "b.engine"]), ReconError, r"a\.engine: no such file"),
+        (BenchmarkOptions(co_run=[__file__]), ReconError, "two engines"),
+        (BenchmarkOptions(co_run=[__file__] * 2, every=[1]), ReconError, "one number"),
+        (BenchmarkOptions(co_run=[__file__] * 2, every=[2, 3]), ReconError, "every frame"),
+        (BenchmarkOptions(co_run=[__file__] * 2, streams=2), ReconError, "give one of them"),
+        (BenchmarkOptions(streams=0), ReconError, "streams=0"),
+        (BenchmarkOptions(input="video"), ReconError, "input=video"),
         (BenchmarkOptions(every=[2]), ReconError, "every"),
         (BenchmarkOptions(engine="nowhere.engine"), ReconError, r"nowhere\.engine"),
         (BenchmarkOptions(root="nowhere"), ReconError, "nowhere"),
@@ -134,7 +141,7 @@ def test_synthetic_inputs_fit_the_session_and_repeat() -> None:
 def test_impossible_options(options: BenchmarkOptions, kind: type[ReconError], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         options.check()
-    assert caught.value.remedy or kind is Refused
+    assert caught.value.remedy
 
 
 def test_rows_make_a_table(tmp_path: Path) -> None:
@@ -194,3 +201,52 @@ def test_a_kill_at_any_moment_leaves_a_whole_table(tmp_path: Path) -> None:
     append_csv(path, {"who": 9.0, "index": 0.0, "filler": "end"})
     assert path.read_text().endswith("9.0,0.0,end\n")
     assert seen > 0
+
+
+def lane(name: str, duration_ms: float, every: int = 1) -> Lane:
+    return Lane(name, Sleeper([duration_ms]), {"x": torch.ones(2)}, every, items=2)
+
+
+def test_streams_run_at_once_and_their_throughput_is_counted_together() -> None:
+    """Sleeping takes no processor, so three lanes at once are three times as fast as one."""
+    options = BenchmarkOptions(iterations=30, warmup=2)
+    found = run_streams([lane(f"one#{index}", 5.0) for index in range(3)], options)
+    assert list(found) == ["one#0", "one#1", "one#2"]
+    for result in found.values():
+        assert len(result.latency_samples_ms) == 30
+        assert 5.0 <= result.percentile_ms(50) < 15.0
+        assert result.company == 3
+        assert result.frames_per_s is None
+    combined = found["one#0"].combined_per_s
+    assert combined is not None
+    assert {result.combined_per_s for result in found.values()} == {combined}
+    assert 1.5 * 200 < combined <= 3 * 200, "200 a second is what one lane alone can do at most"
+    assert found["one#1"].summary()["combined_per_s"] == combined
+
+
+def test_engines_share_frames_and_some_run_on_every_third() -> None:
+    lanes = [lane("depth", 4.0), lane("detector", 8.0, every=3)]
+    found = run_frames(lanes, BenchmarkOptions(iterations=30, warmup=3))
+    assert (len(found["depth"].latency_samples_ms), len(found["detector"].latency_samples_ms)) == (30, 10)
+    assert (lanes[0].session.calls, lanes[1].session.calls) == (33, 11)  # type: ignore[attr-defined]
+    frames, combined = found["depth"].frames_per_s, found["depth"].combined_per_s
+    assert frames is not None
+    assert combined is not None
+    assert combined == pytest.approx(frames * 40 / 30)
+    at_best = 3e3 / (4 + 4 + 8)  # two frames of the first engine alone, one that waits for the second
+    assert at_best / 3 < frames <= at_best
+
+
+def test_an_engine_that_fails_in_company_ends_all_and_is_named() -> None:
+    good, bad = lane("good", 1.0), lane("bad", 1.0)
+    bad.feeds = {"y": torch.ones(2)}
+    for together in (run_streams, run_frames):
+        with pytest.raises(ReconError, match="'y'"):
+            together([good, bad], BenchmarkOptions(iterations=1000, warmup=0))
+
+
+def test_alone_on_the_cpu_there_are_no_transfers_to_tell_apart() -> None:
+    result = benchmark(Sleeper([0.1]), {"x": torch.ones(2)}, BenchmarkOptions(iterations=3, warmup=0))
+    assert result.host_samples_ms == result.end_to_end_samples_ms == []
+    assert "end_to_end_ms_p50" not in result.summary()
+    assert csv_row(result, {"name": "a"})["end_to_end_ms_p50"] == ""
