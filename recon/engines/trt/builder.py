@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from recon.artifact import destination, file_hash, write_atomic
@@ -73,13 +75,13 @@ def _plan(
     _configure(engine, library, builder, config, built_for)
     cache = _timing_cache(library, config, kept)
     try:
-        with phases(f"TensorRT {onnx.stem}") as shown:
-            monitor = _monitor(library, shown)
+        with phases(f"TensorRT {onnx.stem}") as shown, _interruptible() as pressed:
+            monitor = _monitor(library, shown, pressed)
             config.progress_monitor = monitor
             plan = builder.build_serialized_network(network, config)
     except MemoryError as error:
         raise out_of_memory(situation(), error) from error
-    if monitor.interrupted:
+    if pressed.is_set():
         raise KeyboardInterrupt
     if plan is None:
         raise explained(heard, situation())
@@ -159,35 +161,36 @@ def _save_timing_cache(library: Library, config: Any, path: Path | None) -> None
         write_atomic(path, bytes(memoryview(config.get_timing_cache().serialize())))
 
 
-def _monitor(library: Library, shown: Phases) -> Any:
+@contextmanager
+def _interruptible() -> Iterator[Event]:
+    """Ctrl-C as a flag: an exception inside a callback would be swallowed by TensorRT's bindings."""
+    pressed = Event()
+    if current_thread() is not main_thread():  # signals go to the main thread
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _monitor(library: Library, shown: Phases, pressed: Event) -> Any:
     """TensorRT's progress on the console; Ctrl-C cancels the build at its next step."""
 
     class Monitor(library.trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        interrupted = False
-
         def __init__(self) -> None:
             library.trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            with self._guarded():
-                shown.start(name, steps)
+            shown.start(name, steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            with self._guarded():
-                shown.step(name, step + 1)
-            return not self.interrupted
+            shown.step(name, step + 1)
+            return not pressed.is_set()
 
         def phase_finish(self, name: str) -> None:
-            with self._guarded():
-                shown.finish(name)
-
-        @contextmanager
-        def _guarded(self) -> Iterator[None]:
-            """No exception may pass through TensorRT's own frames."""
-            try:
-                yield
-            except KeyboardInterrupt:
-                self.interrupted = True
+            shown.finish(name)
 
     return Monitor()
 
