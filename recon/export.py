@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPSETS = range(18, 24)
+OPSETS = range(17, 24)
+OLDEST_OF_TORCH = 18  # 17 is rewritten from it
 SIMPLIFY_LIMIT = 1_900_000_000  # bytes of weights; onnxsim works on one protobuf, which ends at 2 GiB
 EXAMPLE_SEED, CHECK_SEED = 0, 1000  # the check must not see the example that the graph was traced with
 
@@ -42,7 +43,8 @@ class ExportOptions:
     """How networks become ONNX."""
 
     opset: int = 20
-    """ONNX operator set, 18 to 23. 20 for TensorRT 10.0 and later; lower ones decompose GELU."""
+    """ONNX operator set, 17 to 23. 20 for TensorRT 10.0 and later; lower ones decompose GELU. 17 is for
+    TensorRT 8."""
     simplify: bool = True
     """Fold constants and merge nodes with onnxsim. The plain graph is kept, and the reason logged, when that fails."""
     tolerance: float = 1e-4
@@ -73,6 +75,7 @@ def export(network: Network, out: Path, options: ExportOptions) -> dict[str, Any
     before = _operators_of(plain)
     reason = _simplified_to(plain, out, options)
     if not reason:
+        _lower(out, options)
         errors = _errors(network, module, out)
         if not all(error.passes(options.tolerance) for error in errors.values()):
             worst = max(error.rel_l2 for error in errors.values())
@@ -81,6 +84,7 @@ def export(network: Network, out: Path, options: ExportOptions) -> dict[str, Any
         if options.simplify:
             log.warning("%s is not simplified: %s", out.name, reason)
         _save_plain(plain, out)
+        _lower(out, options)
         errors = _errors(network, module, out)
     _require(errors, options, out)
     return {**_facts(out, before, reason, errors), "export_seconds": time.perf_counter() - start}
@@ -127,7 +131,7 @@ def _trace(network: Network, module: torch.nn.Module, options: ExportOptions) ->
             module,
             tuple(example[name] for name in network.inputs),
             dynamo=True,
-            opset_version=options.opset,
+            opset_version=max(options.opset, OLDEST_OF_TORCH),
             input_names=list(network.inputs),
             output_names=list(network.outputs),
             verbose=False,
@@ -215,6 +219,13 @@ def _save(model: onnx.ModelProto, out: Path) -> None:
 
     _clear(out)  # onnx appends to an existing data file
     onnx.save_model(model, str(out), save_as_external_data=True, location=f"{out.name}.data", size_threshold=1024)
+
+
+def _lower(out: Path, options: ExportOptions) -> None:
+    if options.opset < OLDEST_OF_TORCH:
+        from recon.graph.lower import lower_file
+
+        lower_file(out)
 
 
 def _clear(out: Path) -> None:

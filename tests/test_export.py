@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, module: type[nn.Module
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("options", [ExportOptions(opset=17), ExportOptions(opset=24), ExportOptions(tolerance=0.0)])
+@pytest.mark.parametrize("options", [ExportOptions(opset=16), ExportOptions(opset=24), ExportOptions(tolerance=0.0)])
 def test_impossible_options_are_refused_before_the_network_is_loaded(options: ExportOptions, tmp_path: Path) -> None:
     def never() -> nn.Module:
         raise AssertionError("loaded")

@@ -21,6 +21,7 @@ from recon.export import ExportOptions, export
 from recon.formats import Ranges, Recipe
 from recon.graph import writer, writer_check
 from recon.graph.layers import find_layers, module_path, replaced_weights
+from recon.graph.lower import lower
 from recon.graph.writer_opset import opset_of, raise_opset
 from recon.network import Network, TensorSpec
 from recon.precision import Precision
@@ -400,3 +401,27 @@ def test_infos_match_the_graph(base: Path) -> None:
     infos = layer_infos(_load(), _tokens(0))
     found = find_layers(onnx.load(str(base), load_external_data=False), infos)
     assert [item.path for item in found] == ["q", "k", "v", "head", "head"], "the third call of head is constant"
+
+
+def test_opset_17(tmp_path: Path) -> None:
+    """For TensorRT 8: reductions and splits as they were, INT8 Q/DQ in FP32 around them; FP16 Q/DQ did not exist yet."""
+    facts = export(SMALL, tmp_path / "small.onnx", ExportOptions(opset=17))
+    assert facts["opset"] == 17
+    assert {"ReduceMean", "Split"} <= facts["ops"].keys()
+    precision = option("precision", "fp32")
+    assert isinstance(precision, Precision)
+    recipe = make_recipe(SMALL, TorchDynamic(name="torch-int8-dynamic"), precision, None)
+    written = write(SMALL, tmp_path / "small.onnx", recipe, tmp_path / "int8.onnx")
+    assert written["opset"] == 17
+    assert max(layer["writer_error"] for layer in written["check"]["layers"].values()) < 1e-6
+    onnx.checker.check_model(str(tmp_path / "int8.onnx"), full_check=True)
+    with pytest.raises(ReconError, match=r"int8 in a network whose rest is fp16 needs ONNX opset 19; the graph has 17"):
+        writer.fit_opset(onnx.load(str(tmp_path / "small.onnx")), recipe.layers, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"), [("Resize", {"antialias": 1}), ("Resize", {"axes": [2, 3]}), ("BitwiseNot", {})]
+)
+def test_what_opset_17_has_no_words_for(op: str, attributes: dict[str, Any]) -> None:
+    with pytest.raises(ReconError, match=f"export.opset=17: {op} .* uses what opset 18 added"):
+        lower(_model(op, 18, **attributes))

@@ -7,7 +7,7 @@ and what ONNX Runtime runs. Attention's own products are left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recon.formats import LayerFormat, Recipe, RestFormat
 from recon.graph.layers import BETWEEN, Occurrence, find_layers, require_present
@@ -111,17 +111,19 @@ def _drop_unused(model: onnx.ModelProto, weights: set[str]) -> None:
     """Remove the replaced weights, and what lay between nothing but them and their products."""
     outputs = {value.name for value in model.graph.output}
     used = {name for node in model.graph.node for name in node.input} | outputs
-    mine, dead = set(weights), list[Any]()
-    for node in model.graph.node:
+    mine, dead = set(weights), list[int]()
+    for index, node in enumerate(model.graph.node):
         if node.op_type in BETWEEN and node.input[0] in mine:
             mine.add(node.output[0])
-            dead.append(node)
-    for node in reversed(dead):
-        if node.output[0] not in used:
-            model.graph.node.remove(node)
+            dead.append(index)
+    for index in reversed(dead):
+        if model.graph.node[index].output[0] not in used:
+            del model.graph.node[index]
             used = {name for other in model.graph.node for name in other.input} | outputs
-    for tensor in [item for item in model.graph.initializer if item.name in weights - used]:
-        model.graph.initializer.remove(tensor)
+    constants = model.graph.initializer
+    for index in reversed(range(len(constants))):
+        if constants[index].name in weights and constants[index].name not in used:
+            del constants[index]
 
 
 def _import_trt(model: onnx.ModelProto) -> None:

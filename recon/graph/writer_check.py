@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
 from recon.formats import FP8_MAX, INT8_MAX, LayerFormat, Recipe
-from recon.graph.layers import Occurrence
+from recon.graph.layers import Occurrence, replaced_weights
 from recon.graph.read import read_graph
 from recon.graph.writer import fit_opset, place
 from recon.graph.writer_files import load_weights, save
@@ -43,7 +43,7 @@ def check(network: Network, base: Path, recipe: Recipe, scratch: Path) -> dict[s
     """
     model = read_graph(base, weights=False)
     originals = {item.name: item for item in map(_copy, model.graph.initializer)}
-    load_weights(model, base.parent)
+    load_weights(model, base.parent, leave=replaced_weights(model, recipe.layers))
     fit_opset(model, recipe.layers, "fp32")
     found = place(model, replace(recipe, rest="fp32"))
     reason = _unrunnable(recipe)
