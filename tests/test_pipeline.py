@@ -60,8 +60,9 @@ def test_every_stage_leaves_its_part(built: Path) -> None:
     metrics = json.loads((built / "runs" / "first" / "metrics.json").read_text())
     name = "da2-twin-1x3x112x112"
     assert metrics["onnx"][name]["opset"] == 20
-    errors = metrics["engines"][name]["facts"]["error_against_torch_fp32"]
-    assert all(error["rel_l2"] < 1e-4 for error in errors.values())
+    facts = metrics["engines"][name]["facts"]
+    assert all(error["rel_l2"] < 1e-4 for error in facts["accuracy"]["outputs"].values())
+    assert facts["certificate"]["verdict"] == "achieved"
     assert len(metrics["benchmark"][name]["latency_samples_ms"]) == 50
     assert metrics["stages"][0]["stage"] == "export"
     assert {"report.html", "overview.png"} <= {path.name for path in (built / "runs" / "first").iterdir()}
@@ -71,7 +72,8 @@ def test_everything_is_reused_and_plan_says_so(built: Path) -> None:
     settings = config(built, ["export", "build", "reconstruct"])
     assert [row["cache"] for row in plan(settings)] == ["hit", "hit", "hit"]
     state = ran(settings, built / "runs" / "second")
-    assert [row.outcome.split()[-1] for row in state.rows[:2]] == ["reused", "reused"]
+    assert "reused" in state.rows[0].outcome
+    assert "reused" in state.rows[1].outcome
     assert state.reconstruction is not None
     assert state.reconstruction.bootstrap_reused
 
@@ -80,7 +82,8 @@ def test_force_and_fresh_bootstrap_redo(built: Path) -> None:
     settings = config(built, ["export", "build", "reconstruct"], force=["build"], fresh_bootstrap=True)
     assert [row["cache"] for row in plan(settings)] == ["hit", "redone (forced)", "redone (forced)"]
     state = ran(settings, built / "runs" / "third")
-    assert [row.outcome.split()[-1] for row in state.rows[:2]] == ["reused", "built"]
+    assert "reused" in state.rows[0].outcome
+    assert "built" in state.rows[1].outcome
     assert state.reconstruction is not None
     assert not state.reconstruction.bootstrap_reused
 
