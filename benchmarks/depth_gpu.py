@@ -1,6 +1,6 @@
 """Depth Anything V2 on a CUDA GPU: the fast network beside plain compiled PyTorch, with errors against FP32.
 
-    python benchmarks/depth_gpu.py --out depth_gpu.json [--sizes small base large] [--batches 1 8] [--modes fp16 bf16 fp8]
+    python benchmarks/depth_gpu.py --out depth_gpu.json [--sizes small base large] [--batches 1 8] [--modes peer fp16]
 
 Needs torch and transformers. Seeded weights, 518x518, inputs on the GPU before the clock starts, CUDA events, warm-up
 10, 50 samples, raw samples in the JSON, which is written after every row. The peer is the plain network under FP16
@@ -76,7 +76,9 @@ def measure(module: torch.nn.Module, batch: int, wanted: list[np.ndarray]) -> di
     if isinstance(module, FastDisparity):
         call: Any = Captured(module, images)
     else:
-        for part in module.modules():  # hooks that record outputs, which no one asked for and torch.compile cannot trace
+        for (
+            part
+        ) in module.modules():  # hooks that record outputs, which no one asked for and torch.compile cannot trace
             part._forward_hooks.clear()
         compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
 

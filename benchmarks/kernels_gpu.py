@@ -1,6 +1,6 @@
 """Kernels one by one on the shapes of VGGT-1B: time, rate and error against FP32 twins, beside the libraries' own.
 
-    python benchmarks/kernels_gpu.py --out kernels.json [--only linear attention rows heads]
+python benchmarks/kernels_gpu.py --out kernels.json [--only linear attention rows heads]
 """
 
 from __future__ import annotations
@@ -101,11 +101,24 @@ def linear(views: int, out: Path) -> None:
             note(out, group, "cublas int8", partial(torch._int_mm, ai, ai.new_ones(n, k).T), flop)
         if name != "fc1":
             continue
-        note(out, group, "cublas bf16 + bias + tanh gelu", partial(torch._addmm_activation, bl, a, w.T, use_gelu=True), flop)
+        note(
+            out,
+            group,
+            "cublas bf16 + bias + tanh gelu",
+            partial(torch._addmm_activation, bl, a, w.T, use_gelu=True),
+            flop,
+        )
         target = torch.empty(m, n, device="cuda", dtype=eight)
         for tile in (LinearTile(128, 128, 128, 4, 3, True), LinearTile(128, 256, 128, 8, 3, True, 132)):
             call = partial(launch.linear, a8, w8, b, target, tile, gelu=True, scale=1 / 64)
-            note(out, group, f"triton fp8 gelu {label(tile)}", call, flop, error=lambda t=target, w=wanted: rel(t.float(), w))
+            note(
+                out,
+                group,
+                f"triton fp8 gelu {label(tile)}",
+                call,
+                flop,
+                error=lambda t=target, w=wanted: rel(t.float(), w),
+            )
 
 
 def label(tile: Any) -> str:
@@ -113,8 +126,10 @@ def label(tile: Any) -> str:
 
 
 def attention(views: int, out: Path) -> None:
-    scale = 1.4426950408889634 / 8
-    for name, sequences, tokens in (("frame", views, 1374), ("global", 1, 1374 * views)) if views > 1 else (("frame", 1, 1374),):
+    scale, ln2 = 1.4426950408889634 / 8, 0.6931471805599453
+    for name, sequences, tokens in (
+        (("frame", views, 1374), ("global", 1, 1374 * views)) if views > 1 else (("frame", 1, 1374),)
+    ):
         group, flop = f"attention {name} {sequences}x{tokens}", 4.0 * sequences * 16 * tokens**2 * 64
         qkv = torch.randn(sequences, tokens, 3, 16, 64, device="cuda")
         q, k, v = F.layer_norm(qkv[:, :, 0], (64,)), F.layer_norm(qkv[:, :, 1], (64,)), qkv[:, :, 2]
@@ -122,7 +137,7 @@ def attention(views: int, out: Path) -> None:
         ql, kl, vl = (part.reshape(sequences, tokens, 16, 64).transpose(1, 2) for part in packed.chunk(3, -1))
         few = min(sequences, 1)
         wanted = torch.cat([
-            (torch.softmax(ql[:few, h].float() @ kl[:few, h].float().mT * 0.6931471805599453, -1) @ vl[:few, h].float())[:, :, None]
+            F.scaled_dot_product_attention(*(x[:few, h].float() for x in (ql, kl, vl)), scale=ln2)[:, :, None]
             for h in range(0, 16, 5)
         ], 2)  # fmt: skip
         result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=torch.bfloat16)
@@ -131,10 +146,13 @@ def attention(views: int, out: Path) -> None:
             return rel(result.view(-1, result.shape[1], 16, 64)[:few, :, ::5].float(), wanted)
 
         from torch.nn.attention import SDPBackend, sdpa_kernel
+
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-            def library(backend: Any = backend) -> None:
+
+            def library(backend: Any = backend, parts: Any = (ql, kl, vl)) -> None:
                 with sdpa_kernel(backend):
-                    F.scaled_dot_product_attention(ql, kl, vl, scale=0.6931471805599453)
+                    F.scaled_dot_product_attention(*parts, scale=ln2)
+
             note(out, group, backend.name.lower(), library, flop)
         for bounded, m, n, warps, stages in (
             (True, 128, 64, 4, 3), (True, 64, 128, 4, 2), (False, 64, 64, 4, 4), (False, 64, 128, 4, 2),
@@ -146,8 +164,12 @@ def attention(views: int, out: Path) -> None:
             )  # fmt: skip
             form = "bounded" if bounded else "running"
             note(out, group, f"triton {form} {m}/{n}/{warps}/{stages}", call, flop, error=error)
-        for tile in (AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4),
-                     AttentionTile(n=64, stages=6)):
+        for tile in (
+            AttentionTile(),
+            AttentionTile(groups=2, registers=232),
+            AttentionTile(n=64, stages=4),
+            AttentionTile(n=64, stages=6),
+        ):
             for bounded in (True, False):
                 result.fill_(float("nan"))
                 call = partial(
@@ -188,7 +210,8 @@ def rows(views: int, out: Path) -> None:
              lambda y=y: rel(y.float(), wanted)),
             ("add_layer_norm", partial(launch.add_layer_norm, x, change, w, b, 1e-5, y), m * 1024 * (10 + y.itemsize),
              lambda y=y: rel(y.float(), wanted)),
-            ("gelu", partial(launch.gelu, h, z), m * 4096 * (2 + z.itemsize), lambda z=z: rel(z.float(), F.gelu(h.float()))),
+            ("gelu", partial(launch.gelu, h, z), m * 4096 * (2 + z.itemsize),
+             lambda z=z: rel(z.float(), F.gelu(h.float()))),
         ]  # fmt: skip
         for name, call, data, error in calls:
             note(out, group, f"{name} {dtype}", call, 0, data, error)
@@ -202,7 +225,15 @@ def rows(views: int, out: Path) -> None:
     large = torch.empty(views, 128, 518, 518, device="cuda", dtype=low).to(memory_format=torch.channels_last)
     full = reference.enlarge(image, 518, 518, bias, *places)
     call = partial(launch.enlarge, image, bias, *places, large)
-    note(out, group, "enlarge 296 to 518, 128 channels", call, 0, 2 * (image.numel() + large.numel()), lambda: rel(large, full))
+    note(
+        out,
+        group,
+        "enlarge 296 to 518, 128 channels",
+        call,
+        0,
+        2 * (image.numel() + large.numel()),
+        lambda: rel(large, full),
+    )
     for n, k in ((6144, 2048), (8192, 2048), (2048, 8192)):
         a, v, c = torch.randn(views, k).cuda(), torch.randn(n, k).cuda().half(), torch.randn(n).cuda()
         scale = torch.rand(n).cuda() / k**0.5

@@ -299,3 +299,13 @@ def test_fast_vggt_as_a_graph_on_the_gpu(views) -> None:
     for _ in range(3):
         errors = [rel(a, b) for a, b in zip(captured(images), wanted, strict=True)]
         assert max(errors) < 1e-2
+
+
+@cuda
+def test_counts_of_views_follow_each_other_on_the_gpu() -> None:
+    from recon.kernels.graphs import Captured
+
+    fast = build(PRESETS["vggt-mini"], ("camera", "depth"), (112, 112), seed=0).cuda().to_inference(compile=False)
+    for views in (1, 9, 2):  # few use a stream that many must not wait for
+        images = torch.rand(views, 3, 112, 112, device="cuda")
+        assert all(torch.isfinite(output).all() for output in Captured(fast, images)(images))

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Attention at head width 64 for Hopper with specialised warps, in Gluon (Triton's explicit dialect).
 
 One warp feeds keys and values through the copy engine; each consumer warpgroup owns a tile of queries and overlaps the
@@ -20,9 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -44,7 +44,7 @@ def _weights(s, top, BOUNDED: gl.constexpr):
 @gluon.jit
 def _masked(s, start, tokens, BOUNDED: gl.constexpr, layout: gl.constexpr):
     """Without a bound, keys past the end must not count; with one they weigh exactly 1 and are subtracted later."""
-    if not BOUNDED:
+    if not BOUNDED:  # noqa: SIM102 - decided when compiled, the inner one when run
         if start + s.shape[1] > tokens:
             column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
             s = gl.where(gl.expand_dims(column < tokens, 0), s, -float("inf"))

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Attention at head width 64 for Hopper, in Triton: tensor copies by the copy engine, no masks in the inner loop.
 
 Two forms. *Bounded*: where queries and keys are normalised (VGGT's trunk), Cauchy-Schwarz bounds every score, so the
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 
 HEAD = 64
+
 
 @triton.jit
 def _exp2(x):

@@ -14,8 +14,8 @@ class Captured:
     """A call captured once and replayed. Outputs are the same tensors every time: copy what must outlive the next."""
 
     def __init__(self, call: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor, warmup: int = 3) -> None:
-        self.input = example.clone()
-        stream = torch.cuda.Stream()
+        self.call, self.input = call, example.clone()  # the graph reads what the call owns: it must not be freed
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(warmup):  # compiles kernels and creates handles, neither of which can be captured
@@ -41,18 +41,26 @@ class Streams:
 
     def __init__(self) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
+        self._forked: set[str] = set()
 
     def beside(self, name: str, on: bool) -> AbstractContextManager[Any]:
         """A second stream that goes on from where the current one is; nothing where `on` is false."""
         if not on:
             return nullcontext()
-        side = self._streams.setdefault(name, torch.cuda.Stream())
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._forked.add(name)
+        side = self._streams[name]
         side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(side)
 
     def join(self, name: str) -> None:
-        """The current stream waits for that one, if it was ever used."""
-        if name in self._streams:
+        """The current stream waits for that one, if `beside` went there since the last `join`.
+
+        To wait for a stream that took no part would end a capture with an error.
+        """
+        if name in self._forked:
+            self._forked.remove(name)
             torch.cuda.current_stream().wait_stream(self._streams[name])
 
 

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Bilinear enlargement, channels last, fused with what surrounds it in a dense head: bias and position map."""
 
 from __future__ import annotations

@@ -191,4 +191,6 @@ def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
     small_triton.few_tokens_attention_kernel[(heads,)](
         qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4
     )
+
+
 LONG = AttentionTile(n=64, stages=4)

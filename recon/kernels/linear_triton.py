@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Matrix product with a constant weight, fused with what follows it: bias, GELU and the cast or quantisation.
 
 16-bit or E4M3 operands by the copy engine and Hopper's warpgroup products, FP32 accumulation.

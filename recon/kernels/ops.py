@@ -87,9 +87,7 @@ def attention(
     return out
 
 
-def linear_gelu(
-    a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, out_scale: float
-) -> Tensor:
+def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, out_scale: float) -> Tensor:
     """GELU(a [M,K] x weight [N,K]^T * scale + bias) * out_scale in dtype: an 8-bit product that gives 8 bit."""
     if not a.is_cuda:
         return reference.gelu(a.float() @ weight.float().T * scale + bias, dtype, out_scale)

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Row-wise kernels between matrix products: LayerNorm, query-key norm with rotation, GELU; each casts or quantises.
 
 All arithmetic is FP32; the one rounding is the cast to the output's type, `value * scale` saturated at E4M3's 448.
@@ -22,9 +24,7 @@ def gelu(x):
     the customary cubic is off by 4.7e-4; one special-function instruction instead of the twenty of erf."""
     square = tl.minimum(x * x, 25.0)
     inner = x * (0.79750446 + square * (0.037008477 + square * -0.00035159214))
-    wave = tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
-    )
+    wave = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1)
     half = 0.5 * x
     return half * wave + half
 

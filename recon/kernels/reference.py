@@ -1,4 +1,4 @@
-"""Torch twins of the Triton kernels: what each computes, in plain operations. Oracle of their tests, and the CPU's path."""
+"""Torch twins of the Triton kernels: each in plain operations. Oracle of their tests, and the path on the CPU."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, s
 
 
 def enlarge(x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None, down: Tensor | None) -> Tensor:
-    """x [n,C,h,w] bilinear to [n,C,height,width], corners on corners, + bias [C] (+ across [width,C] + down [height,C]).
+    """x [n,C,h,w] bilinear to [n,C,height,width], corners on corners, + bias [C] + across [width,C] + down [height,C].
 
     Arithmetic in FP32, result in x's dtype, channels last.
     """

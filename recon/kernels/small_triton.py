@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
 """Few rows, FP32: products bound by reading the weight, and attention over a handful of tokens."""
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def few_rows_kernel(
 def few_tokens_attention_kernel(
     qkv, out, ROWS: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One head of softmax attention over ROWS tokens. qkv [ROWS, 3*HEADS*WIDTH], scaled queries; out [ROWS, HEADS*WIDTH]."""
+    """One head of attention over ROWS tokens. qkv [ROWS, 3*HEADS*WIDTH], queries scaled; out [ROWS, HEADS*WIDTH]."""
     row, channel = tl.arange(0, PADDED), tl.arange(0, WIDTH)
     place = row[:, None] * (3 * HEADS * WIDTH) + tl.program_id(0) * WIDTH + channel[None, :]
     inside = (row < ROWS)[:, None]

@@ -1,7 +1,8 @@
 """VGGT for inference: the same function as `vggt.VGGT`, in 16 bit or FP8 where that does no harm.
 
 FP32 stay the residual stream, every norm, rotation and softmax, all accumulation, the camera head (with weights stored
-in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the operands of attention and the convolutions.
+in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the operands
+of attention and the convolutions.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class FastVGGT(nn.Module):
         self.trunk = FastTrunk(network.aggregator, policy.dtype)
         self.camera_head = FastCamera(network.camera_head) if "camera" in self.parts else None
         dense = [part for part in self.parts if part in ("depth", "points")]
-        self.dense = nn.ModuleDict({part: FastDense(getattr(network, HEADS[part]), policy, network.specials) for part in dense})
+        self.dense = nn.ModuleDict(
+            {part: FastDense(getattr(network, HEADS[part]), policy, network.specials) for part in dense}
+        )
         self.streams = Streams()
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The camera head, FP32 as ever, but bound by reading its weights instead of by launches.
 
 Four iterations read 216 million weights each. They are stored in FP16 with one FP32 scale a row, the largest magnitude
-of the row, which keeps eleven bits and halves the bytes; all arithmetic is FP32. For up to eight frames a block is seven
+of the row, which keeps eleven bits and halves the bytes; all arithmetic is FP32. Up to eight frames a block is seven
 launches: through general products and one launch for each operation the head took 5 ms at eight frames.
 """
 
