@@ -29,7 +29,11 @@ PACKAGES = {
     "nvidia-modelopt": "quant_mode=modelopt-*",
     "bitsandbytes": "quant_mode=bitsandbytes-*",
 }
-ALTERNATIVE_NAMES = {"open3d": ("open3d-cpu",), "tensorrt": ("tensorrt-cu12", "tensorrt-cu13")}
+ALTERNATIVE_NAMES = {
+    "open3d": ("open3d-cpu",),
+    "tensorrt": ("tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
 
 
 def main() -> None:
