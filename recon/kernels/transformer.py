@@ -79,7 +79,7 @@ class Product(nn.Module):
         )  # fmt: skip
 
     def gelu(self, a: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-        """GELU of the product, times scale, in dtype. 16 bit: by the library's epilogue, whose GELU is the tanh form."""
+        """GELU of the product, times scale, in dtype. 16 bit: by the library's epilogue, in GELU's tanh form."""
         if self.observing:
             self.observe(a)
         if self.input_dtype != self.dtype and a.shape[0] >= FUSED_ROWS:

@@ -1,8 +1,8 @@
 """VGGT for inference: the same function as `vggt.VGGT`, in 16 bit or FP8 where that does no harm.
 
 FP32 stay the residual stream, every norm, rotation and softmax, all accumulation, the camera head (with weights stored
-in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the operands
-of attention and the convolutions.
+in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the
+operands of attention and the convolutions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ class FastEncoder(nn.Module):
             normed = block(rows, normed, following, frames)
         tokens = normed.view(x.shape)
         tokens[:, :first] = self.specials[torch.arange(frames, device=x.device).clamp(max=1)]
-        return tokens
+        return tokens  # type: ignore[no-any-return]
 
 
 class FastTrunk(nn.Module):
@@ -175,6 +176,10 @@ class FastTrunk(nn.Module):
 class FastDense(nn.Module):
     """A dense head, channels last and low, its last 1x1 convolution and exponentials FP32."""
 
+    scratch: Any  # modules taken apart by name, of which the type checker knows nothing
+    projects: Any
+    resize_layers: Any
+
     def __init__(self, head: DPTHead, policy: Policy, specials: int) -> None:
         super().__init__()
         dtype = policy.dtype
@@ -186,14 +191,14 @@ class FastDense(nn.Module):
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
         tables = {"last_weight": last.weight[:, :, 0, 0].clone(), "last_bias": last.bias.clone()}
-        for i in range(len(self.projects)):  # type: ignore[arg-type]
+        for i in range(len(self.projects)):
             place = head.get_buffer(f"level{i}_across") + head.get_buffer(f"level{i}_down")
             tables[f"place{i}"] = place.contiguous(memory_format=torch.channels_last)
         tables["full_across"] = head.get_buffer("full_across")[0, :, 0].t().contiguous()
         tables["full_down"] = head.get_buffer("full_down")[0, :, :, 0].t().contiguous()
         for name, conv in self.scratch.named_modules():
             if name.endswith("out_conv") or name == "output_conv1":
-                tables[f"bias_{name.split('.')[0]}"] = conv.bias.float()  # type: ignore[assignment]
+                tables[f"bias_{name.split('.')[0]}"] = conv.bias.float()
         for name, value in tables.items():
             self.register_buffer(name, value.detach().float(), persistent=False)
         self.level, self.fuse = self._level, self._fuse
@@ -223,20 +228,20 @@ class FastDense(nn.Module):
         x = self.projects[index](image)
         x = (x + self.get_buffer(f"place{index}")).to(self.dtype)
         x = self.scratch.get_submodule(f"layer{index + 1}_rn")(self.resize_layers[index](x))
-        return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)  # type: ignore[no-any-return, union-attr, operator]
+        return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)
 
     def _fuse(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         x = levels[3]
         for i in (3, 2, 1, 0):
             fusion = self.scratch.get_submodule(f"refinenet{i + 1}")
-            x = fusion.resConfUnit2(x if i == 3 else x + levels[i])  # type: ignore[operator, union-attr]
+            x = fusion.resConfUnit2(x if i == 3 else x + levels[i])
             height, width = levels[i - 1].shape[2:] if i else (2 * levels[0].shape[2], 2 * levels[0].shape[3])
             bias = self.get_buffer(f"bias_refinenet{i + 1}")
-            x = ops.enlarge(F.conv2d(x, fusion.out_conv.weight), height, width, bias)  # type: ignore[union-attr, arg-type]
-        x = F.conv2d(x, self.scratch.output_conv1.weight, padding=1)  # type: ignore[union-attr, arg-type]
+            x = ops.enlarge(F.conv2d(x, fusion.out_conv.weight), height, width, bias)
+        x = F.conv2d(x, self.scratch.output_conv1.weight, padding=1)
         full = (self.get_buffer("full_across"), self.get_buffer("full_down"))
         x = ops.enlarge(x, *self.size, self.get_buffer("bias_output_conv1"), *full)
-        x = F.relu(self.scratch.output_conv2[0](x)).float()  # type: ignore[index, operator]
+        x = F.relu(self.scratch.output_conv2[0](x)).float()
         rows = zip(self.get_buffer("last_weight"), self.get_buffer("last_bias"), strict=True)
         dense = [(x * row[:, None, None]).sum(1) + offset for row, offset in rows]
         if len(dense) == 2:
