@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from recon.models.nets.config import VGGTConfig
 from recon.models.nets.vggt import build
 from recon.scene.generate import generate, rig
 from recon.scene.render import render, stack
+
+Network = Callable[[Tensor], Sequence[Tensor]]
 
 VIEWS, FOV_DEG = 4, 66.0
 SIZE, SOURCE = (168, 224), (240, 320)
@@ -79,7 +81,14 @@ def evaluate_vggt(
         if isinstance(weights, dict):
             save_file({name: value.detach().half().cpu().contiguous() for name, value in weights.items()}, file)
         network = build(config, ("camera", "depth"), SIZE, file=file).to(device)
-        rows = [_vggt_row(network, sample) for sample in samples(seeds, device)]
+        return judge_vggt(network, seeds, device)
+
+
+def judge_vggt(
+    network: Network, seeds: Iterable[int], device: torch.device
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """As `evaluate_vggt`, for anything that maps images [V,3,H,W] in 0..1 to (pose_enc, depth, depth_conf)."""
+    rows = [_vggt_row(network, sample) for sample in samples(seeds, device)]
     turn = np.concatenate([row["rotation_deg"] for row in rows])
     worst = np.maximum(turn, np.concatenate([row["translation_deg"] for row in rows]))
     summary = {
@@ -96,7 +105,7 @@ def evaluate_vggt(
 
 
 @torch.no_grad()
-def _vggt_row(network: torch.nn.Module, sample: Sample) -> dict[str, Any]:
+def _vggt_row(network: Network, sample: Sample) -> dict[str, Any]:
     pose, depth, _ = network(sample.images.float() / 255)
     truth = sample.depth
     valid = truth > 0
@@ -116,7 +125,7 @@ def evaluate_da(
     weights: dict[str, Tensor] | Path, seeds: Iterable[int], device: torch.device
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Summary and one row per image; `weights` is a folder as Hugging Face publishes it, or parameters."""
-    from recon.depth.nets.depth_anything import DisparityNet, preprocess
+    from recon.depth.nets.depth_anything import DisparityNet
     from recon.depth.nets.depth_anything import build as build_disparity
 
     if isinstance(weights, Path):
@@ -131,7 +140,15 @@ def evaluate_da(
         assert not left, left
         assert all(name.endswith("mask_token") for name in missing), missing
         network = DisparityNet(model.requires_grad_(False).eval(), *SIZE).eval()
-    network = network.to(device)
+    return judge_da(network.to(device), seeds, device)
+
+
+def judge_da(
+    network: Network, seeds: Iterable[int], device: torch.device
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """As `evaluate_da`, for anything that maps preprocessed images [V,3,H,W] to (disparity [V,H,W],)."""
+    from recon.depth.nets.depth_anything import preprocess
+
     rows = []
     for sample in samples(seeds, device):
         with torch.no_grad():
