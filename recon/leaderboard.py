@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 AXES = ("quant_mode", "precision", "engine")
+REASON_RULE = 10  # dashes under a column that is as wide as its longest reason
 SAME_LATENCY = 0.05  # relative; CPU timings on a shared machine repeat to about this
 SAME_ERROR = 1e-3  # relative; another rounding anywhere changes the error by far more
 COMPARED = ("layers", "bits_per_weight", "operands", "computed_in", "stored_as", "kernels")
@@ -56,6 +57,19 @@ def table(jobs: list[dict[str, Any]]) -> list[dict[str, str]]:
     columns = list(dict.fromkeys(key for row in found for key in row))
     columns = [column for column in columns if column != "reason"] + ["reason"] * ("reason" in columns)
     return [{column: row.get(column, "") for column in columns} for row in found]
+
+
+def text(rows: list[dict[str, str]]) -> list[str]:
+    """The table as aligned lines. Reasons come last and are as long as they are: in a column they would be folded."""
+    if not rows:
+        return []
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    lines = [
+        {key: key for key in rows[0]},
+        {key: "-" * (REASON_RULE if key == "reason" else width) for key, width in widths.items()},
+        *rows,
+    ]
+    return ["  ".join(row[key].ljust(0 if key == "reason" else widths[key]) for key in row).rstrip() for row in lines]
 
 
 def look_alikes(jobs: list[dict[str, Any]]) -> Iterator[str]:
@@ -125,4 +139,6 @@ def _told(value: Any) -> str:
 
 
 def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+    """Without the pair, which has columns of its own."""
+    line = text.partition("\n")[0]
+    return line.partition(" engine=")[2].partition(": ")[2] or line

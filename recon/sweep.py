@@ -45,8 +45,7 @@ class SweepTable(Callback):
 
 def _engines(folder: Path) -> list[dict[str, str]]:
     """The table of engines, printed and written, where jobs built some; and what is to be said of equal rows."""
-    from recon.leaderboard import look_alikes, table
-    from recon.report import print_table
+    from recon.leaderboard import look_alikes, table, text
 
     files = sorted(folder.glob("[0-9]*/result.json"), key=lambda path: int(path.parent.name))
     jobs = [json.loads(file.read_text()) for file in files]
@@ -54,9 +53,8 @@ def _engines(folder: Path) -> list[dict[str, str]]:
         return []
     rows, said = table(jobs), list(look_alikes(jobs))
     write_atomic(folder / "engines.json", json.dumps({"engines": rows, "look_alikes": said}, indent=1) + "\n")
-    print_table(f"Engines of sweep {folder.name}", rows)
-    for line in said:
-        console().print(line, markup=False)
+    for line in [f"Engines of sweep {folder.name}", *text(rows), *said]:
+        console().print(line, markup=False, soft_wrap=True)
     return rows
 
 
