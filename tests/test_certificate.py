@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from small_network import images, network, seeded
 
 from recon.artifact import manifest_path
-from recon.certificate import Asked, certify
+from recon.certificate import Asked, Verdict, certify
 from recon.certificate_text import lines
 from recon.config import Config, option
 from recon.engines import Build, Engine, Session
@@ -351,3 +351,15 @@ def test_a_limit_refuses_an_engine_with_its_numbers_even_a_reused_one(settings: 
         built(store, store.networks()["depth"])
     assert "absrel" in caught.value.problem
     assert "sensitivity" in caught.value.remedy
+
+
+def test_the_page_that_says_which_mode_when_knows_every_option_and_no_other() -> None:
+    from recon.config import CONF
+
+    page = (Path(__file__).parents[1] / "docs" / "quantisation.md").read_text()
+    for group, head in (("quant_mode", "| quant_mode |"), ("precision", "| precision |")):
+        rows = page[page.index(head) :].split("\n\n")[0].splitlines()[2:]
+        named = {row.split("|")[1].strip(" `") for row in rows}
+        assert named == {file.stem for file in (CONF / group).glob("*.yaml")}
+    verdicts = page[page.index("| verdict |") :].split("\n\n")[0].splitlines()[2:]
+    assert {row.split("|")[1].strip(" `") for row in verdicts} == set(get_args(Verdict))
