@@ -4,11 +4,11 @@
                                   [--profile 8] [--golden vggt_1b_seed0_2x112x112.npz]
 
 Weights are seeded, so nothing is downloaded; timing does not depend on their values. Camera and depth heads, 518x518,
-inputs on the GPU before the clock starts, CUDA events, warm-up 10, 50 samples (10 from 64 views on), raw samples
-in the JSON, which is written after every row. FP8 ranges are calibrated on other images than the measured ones. The peer
-is the plain network under BF16 autocast through torch.compile, in the same run. `host_ms` also holds the copies from and to
-pinned host memory; `spaced_ms` is the median of 12 calls with 0.25 s of idling before each, which the card's power
-limit does not slow down.
+inputs on the GPU before the clock starts, CUDA events, warm-up 10, 50 samples (10 from 64 views on), raw samples in
+the JSON, which is written after every row. FP8 ranges are calibrated on other images than the measured ones. The
+peer is the plain network under BF16 autocast through torch.compile, in the same run. `host_ms` also holds the copies
+from and to pinned host memory; `spaced_ms` is the median of 12 calls with 0.25 s of idling before each, which the
+card's power limit does not slow down.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ class FastDense(nn.Module):
         x = self.projects[index](image)
         x = (x + self.get_buffer(f"place{index}")).to(self.dtype)
         x = self.scratch.get_submodule(f"layer{index + 1}_rn")(self.resize_layers[index](x))
-        return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)
+        return x if index == 3 else self.scratch.get_submodule(f"refinenet{index + 1}").resConfUnit1(x)  # type: ignore[no-any-return]
 
     def _fuse(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
         x = levels[3]
