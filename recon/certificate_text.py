@@ -79,12 +79,12 @@ def _layers(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> Iterator[str]:
-    from recon.accuracy import figures
-
     if reason := accuracy.get("not_measured"):
         yield f"accuracy   not measured: {reason}"
     elif accuracy:
-        numbers = ", ".join(f"{name} {value:.3g}" for name, value in figures(dict(accuracy)).items())
+        numbers = ", ".join(
+            f"{name} {value:.3g}" for name, value in accuracy.items() if isinstance(value, (int, float))
+        )
         yield f"accuracy   against FP32 torch: {numbers}"
 
 
