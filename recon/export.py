@@ -253,7 +253,8 @@ def _require(errors: dict[str, OutputError], options: ExportOptions, out: Path) 
 def _facts(out: Path, before: dict[str, int], reason: str, errors: dict[str, OutputError]) -> dict[str, Any]:
     import onnx
 
-    from recon.engines.onnxruntime import data_file, operators
+    from recon.engines.onnxruntime import operators
+    from recon.engines.ort.session import data_file
 
     model = onnx.load(str(out), load_external_data=False)
     after = operators(out)
