@@ -127,7 +127,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         (["source.width=wide"], ["wide"]),
         (["source=images", "source.path=/no/such/folder"], ["/no/such/folder", "remedy"]),
         (["source=images"], ["source.path"]),
-        (["+quant=modelopt-fp8", "precision=int8"], ["modelopt-fp8", "remedy"]),
+        (["+quant=modelopt-fp8", "precision=bf16"], ["modelopt-fp8", "bf16", "remedy", "nearest pair"]),
         (["+quant=modelopt-fp8", "quant_mode=none"], ["contradicts"]),
         (["stages=[evaluate]"], ["reconstruct"]),
         (["source.frame_step=0"], ["frame_step"]),
@@ -171,15 +171,17 @@ def test_output_below_a_file(tmp_path: Path) -> None:
 def test_a_sweep_ends_with_one_table_and_refused_rows(tmp_path: Path) -> None:
     done = recon(
         "-m",
-        "quant_mode=none,modelopt-fp8",
-        "stages=[export]",
+        "precision=fp32,bf16",
+        "stages=[build]",
+        "model=recorded",
+        "depth=da2-twin",
         "tracking=none",
         "hydra.sweep.dir=outputs/sweep",
         cwd=tmp_path,
     )
     rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
     assert [row["status"] for row in rows] == ["ok", "refused"]
-    assert "modelopt-fp8" in rows[1]["reason"]
+    assert "precision=bf16" in rows[1]["reason"]
     assert "refused" in done.stdout
 
 
