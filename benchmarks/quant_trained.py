@@ -55,10 +55,9 @@ def main() -> None:
     begin, rows = time.monotonic(), []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for pair in options.pairs:
-            rows.append(measured(pair, [], options))
-            if options.keep and pair in CALIBRATED:
-                rows.append(measured(pair, [str(file) for file in options.keep], options))
-            print(line(rows[-1]), flush=True)
+            for keep in [[], [str(file) for file in options.keep]] if options.keep and pair in CALIBRATED else [[]]:
+                rows.append(measured(pair, keep, options))
+                print(line(rows[-1]), flush=True)
     misses = list(missed(rows, bool(options.keep)))
     machine = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
     raw = {"machine": machine, "scenes": options.scenes, "seconds": time.monotonic() - begin, "rows": rows}
@@ -97,7 +96,11 @@ def composed(overrides: list[str]) -> Config:
     with open_dict(found):
         del found["hydra"]
     assert isinstance(choices, dict)
-    return replace(to_config(found, {str(key): value for key, value in choices.items()}), stages=["build"])
+    config = to_config(found, {str(key): value for key, value in choices.items()})
+    engine = replace(
+        config.engine, spinning=False, threads=1
+    )  # nothing is timed: the same numbers on busy cores
+    return replace(config, stages=["build"], engine=engine)
 
 
 def as_vggt(session: Session) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:

@@ -335,3 +335,15 @@ def test_modules_of_the_source_are_known_in_the_engine(onnx_file: Path, engine_f
     """Fusions and layouts rename nodes; the build leaves in the file what they were."""
     layers = OnnxRuntime(name="onnxruntime").inspect(engine_file).layers
     assert {module for layer in layers for module in layer.modules} == {"stem", "patch", "qkv", "out"}
+
+
+def test_too_little_memory_says_how_much_the_weights_take(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("bad_alloc: Failed to allocate memory for requested buffer of size 1073741824")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", full)
+    with pytest.raises(ReconError, match=r"size 1073741824; its weights alone take \d+ MiB") as caught:
+        OnnxRuntime(name="onnxruntime").optimise(onnx_file, tmp_path / "small.engine")
+    assert "fewer views" in caught.value.remedy

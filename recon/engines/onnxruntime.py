@@ -171,6 +171,13 @@ class OnnxRuntime(Engine):
                     f"engine.provider={provider}: {path.name} would fall back to the CPU, wholly or in part",
                     "the provider's libraries do not load, or it lacks an operator; or choose engine.provider=cpu",
                 ) from error
+            if isinstance(error, MemoryError) or "alloc" in reason:
+                weights = sum(file.stat().st_size for file in (path, data_file(path)) if file.exists()) / MIB
+                raise ReconError(
+                    f"{path}: not enough memory for ONNX Runtime to open it: {reason}; its weights alone take"
+                    f" {weights:.0f} MiB, and optimising holds them twice",
+                    "free some memory, engine.optimisation=basic, fewer views, or smaller images",
+                ) from error
             raise ReconError(
                 f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}",
                 "the file is damaged or uses what this ONNX Runtime lacks: delete it and run again",
