@@ -329,6 +329,8 @@ def test_weights_behind_transposes_and_shared_ones(base: Path, tmp_path: Path) -
             item.CopyFrom(onnx.numpy_helper.from_array(turned, "head.stored"))
             model.graph.node.insert(0, helper.make_node("Transpose", ["head.stored"], [weights["head"]], perm=[1, 0]))
             break
+    model.graph.value_info.append(helper.make_tensor_value_info("norm.bias", TensorProto.FLOAT, [64]))
+    assert "norm.bias" in {item.name for item in model.graph.initializer}
     model.graph.node.append(helper.make_node("ReduceMax", [weights["q"]], ["largest"], keepdims=0))
     model.graph.output.append(helper.make_tensor_value_info("largest", TensorProto.FLOAT, []))
     onnx.save(model, str(tmp_path / "turned.onnx"))

@@ -216,8 +216,11 @@ class _Rewriter:
                 self._cast(inner, name, TensorProto.FLOAT, node)
 
     def _retype_values(self) -> None:
+        stored = {tensor.name: tensor.data_type for tensor in self.model.graph.initializer}
         for value in self.model.graph.value_info:
-            if value.name in self.is_low and (value.name, 0) not in self.made:
+            if value.name in stored:  # graphs that onnxsim has not seen state the types of their constants twice
+                value.type.tensor_type.elem_type = stored[value.name]
+            elif value.name in self.is_low and (value.name, 0) not in self.made:
                 value.type.tensor_type.elem_type = NUMBERS[self.rest]
 
 
