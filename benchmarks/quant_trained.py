@@ -97,9 +97,7 @@ def composed(overrides: list[str]) -> Config:
         del found["hydra"]
     assert isinstance(choices, dict)
     config = to_config(found, {str(key): value for key, value in choices.items()})
-    engine = replace(
-        config.engine, spinning=False, threads=1
-    )  # nothing is timed: the same numbers on busy cores
+    engine = replace(config.engine, spinning=False, threads=1)  # nothing is timed: the same numbers on busy cores
     return replace(config, stages=["build"], engine=engine)
 
 
