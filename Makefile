@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The version that was tested. For the CPU build alone (smaller), point it at PyTorch's CPU wheels: make TORCH='torch==2.13.0 --index-url ...'
 TORCH ?= torch==2.13.0
+# What comes along; viewer (rerun, 0.5 GB) is left out.
+EXTRAS ?= cpu,mlflow,sweep,quant,trt,dev
 
 .PHONY: demo test lint slow clean
 
@@ -26,7 +28,7 @@ slow: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[cpu,mlflow,sweep,trt,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	@$(BIN)/python -m recon.doctor > /dev/null  # ends here, naming it, where a system library is missing
 	touch $@
 
