@@ -2,14 +2,14 @@
 
 Weighted running average of projective distances (Curless and Levoy, SIGGRAPH 1996) in hashed voxel blocks (Niessner et
 al., SIGGRAPH Asia 2013). Open3D integrates and extracts; which blocks a frame concerns, growth, forgetting and
-rendering are done here, on Open3D's own buffers.
+rendering are done here, on Open3D's own buffers. On CUDA all but the extraction is torch: see `recon.fusion.device`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,6 +22,7 @@ from recon.geometry.cameras import check_intrinsics, check_transform
 from recon.geometry.views import Array, DepthImage, PosedDepth
 
 if TYPE_CHECKING:
+    from recon.fusion.device.tsdf import DeviceTsdfMap
     from recon.fusion.kernels.grid import BlockGrid
 
 _RANGE = 65535  # Open3D takes depth as uint16 next to uint8 colour, or both as float, which costs a colour conversion
@@ -39,9 +40,14 @@ class Tsdf(Fusion):
     """Also update blocks that the camera sees through: what has gone is worn away, at a pace set by weight_cap."""
     min_weight: int = 1
     """Observations that a voxel needs before it takes part in a surface."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N: where the map lies and is fused and rendered."""
 
     def check(self) -> None:
+        from recon.fusion.device import require_device
+
         super().check()
+        require_device(self.device)
         if not 2 <= self.truncation <= 16:
             raise ReconError(f"fusion.truncation={self.truncation}: must be 2 to 16 voxels", "4 suits most depth")
         if not 1 <= self.weight_cap <= 60000:
@@ -55,8 +61,12 @@ class Tsdf(Fusion):
                 f"fusion.max_depth={self.voxel * _RANGE / 8:.4g} or less",
             )
 
-    def create(self) -> TsdfMap:
-        return TsdfMap(self)
+    def create(self) -> TsdfMap | DeviceTsdfMap:
+        if self.device == "cpu":
+            return TsdfMap(self)
+        from recon.fusion.device.tsdf import DeviceTsdfMap
+
+        return DeviceTsdfMap(self, self.device)
 
 
 class TsdfMap(Map):
@@ -78,7 +88,7 @@ class TsdfMap(Map):
 
         o = self.options
         depth, count = prepared.prepare(view, o.max_depth, o.min_confidence)
-        self._check_range(view)
+        check_range(view, o)
         if count == 0:
             return  # Open3D raises on an image that touches no block
         listed = self.grid.blocks_of(depth, view.K, view.T_world_cam, o.truncation, o.carve)
@@ -132,25 +142,31 @@ class TsdfMap(Map):
         at i*voxel in world coordinates. tsdf [B,8,8,8] float32, axes z, y, x: signed distance over truncation*voxel,
         positive outside. weight [B,8,8,8] uint16: observations, 0 = unseen. color [B,8,8,8,3] uint8 RGB.
         """
-        path = folder / "tsdf_volume.npz"
-        arrays: dict[str, Any] = self.grid.arrays()
-        with atomic_file(path) as partial:
-            np.savez(
-                partial, format=np.int64(1), voxel=np.float64(self.options.voxel),
-                truncation=np.float64(self.options.truncation), max_depth=np.float64(self.options.max_depth), **arrays,
-            )  # fmt: skip
-        return [path]
+        return [save_volume(folder, self.options, self.grid.arrays())]
 
-    def _check_range(self, view: PosedDepth) -> None:
-        from recon.fusion.kernels.blocks import REACH, SIDE
 
-        farthest = float(np.abs(view.T_world_cam[:3, 3]).max()) + 4 * self.options.max_depth
-        if farthest >= REACH * SIDE * self.options.voxel:
-            raise ReconError(
-                f"camera {view.camera!r} stands {farthest:.4g} from the origin: at voxel {self.options.voxel} the map "
-                f"reaches {REACH * SIDE * self.options.voxel:.4g}",
-                "raise fusion.voxel or move the origin to the scene",
-            )
+def save_volume(folder: Path, options: Tsdf, arrays: dict[str, NDArray[Any]]) -> Path:
+    """Write block_keys, tsdf, weight and color with the options that give them a meaning: see `TsdfMap.save`."""
+    path = folder / "tsdf_volume.npz"
+    with atomic_file(path) as partial:
+        np.savez(
+            partial, format=np.int64(1), voxel=np.float64(options.voxel), truncation=np.float64(options.truncation),
+            max_depth=np.float64(options.max_depth), **cast(dict[str, Any], arrays),
+        )  # fmt: skip
+    return path
+
+
+def check_range(view: PosedDepth, options: Tsdf) -> None:
+    """Raise ReconError where the view could see blocks whose coordinates have no key."""
+    from recon.fusion.kernels.blocks import REACH, SIDE
+
+    farthest = float(np.abs(view.T_world_cam[:3, 3]).max()) + 4 * options.max_depth
+    if farthest >= REACH * SIDE * options.voxel:
+        raise ReconError(
+            f"camera {view.camera!r} stands {farthest:.4g} from the origin: at voxel {options.voxel} the map "
+            f"reaches {REACH * SIDE * options.voxel:.4g}",
+            "raise fusion.voxel or move the origin to the scene",
+        )
 
 
 def load(path: Path) -> TsdfMap:
@@ -168,7 +184,7 @@ def load(path: Path) -> TsdfMap:
     voxel, truncation, max_depth = (float(arrays[name]) for name in ("voxel", "truncation", "max_depth"))
     options = Tsdf(name="tsdf", voxel=voxel, truncation=truncation, max_depth=max_depth)
     options.check()
-    fused = options.create()
+    fused = TsdfMap(options)
     fused.grid.restore(arrays["block_keys"], arrays["tsdf"], arrays["weight"], arrays["color"])
     return fused
 

@@ -20,7 +20,7 @@ def prepare(view: PosedDepth, max_depth: float, min_confidence: float) -> tuple[
     Raises:
         ReconError: shapes that do not belong together, or intrinsics or a pose that no camera can have.
     """
-    _check(view)
+    check_view(view)
     depth = np.ascontiguousarray(view.depth, dtype=np.float32)
     if view.confidence is None or min_confidence <= 0:
         return _clean(depth, depth, np.float32(-np.inf), np.float32(max_depth))
@@ -38,16 +38,22 @@ def rigid(T: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.ascontiguousarray(T[:3, :3], np.float64), np.ascontiguousarray(T[:3, 3], np.float64)
 
 
-def _check(view: PosedDepth) -> None:
-    shape, who = view.depth.shape, f"camera {view.camera!r}"
-    if len(shape) != 2 or view.image.shape != (*shape, 3) or view.image.dtype != np.uint8:
+def check_view(view: PosedDepth) -> None:
+    """Refuse a view whose parts do not fit; arrays may be NumPy's or torch's.
+
+    Raises:
+        ReconError: shapes that do not belong together, or intrinsics or a pose that no camera can have.
+    """
+    shape, who = tuple(view.depth.shape), f"camera {view.camera!r}"
+    if len(shape) != 2 or view.image.shape != (*shape, 3) or str(view.image.dtype) not in ("uint8", "torch.uint8"):
         raise ReconError(
-            f"{who}: depth {shape} with an image of {view.image.shape} {view.image.dtype}: they must cover the same "
-            "pixels, the image as [H,W,3] uint8",
+            f"{who}: depth {shape} with an image of {tuple(view.image.shape)} {view.image.dtype}: they must cover the "
+            "same pixels, the image as [H,W,3] uint8",
             "resize the depth to the image",
         )
-    if view.confidence is not None and view.confidence.shape != shape:
-        raise ReconError(f"{who}: confidence {view.confidence.shape} with depth {shape}: must be equal", "resize it")
+    confidence = shape if view.confidence is None else tuple(view.confidence.shape)
+    if confidence != shape:
+        raise ReconError(f"{who}: confidence {confidence} with depth {shape}: must be equal", "resize it")
     check_intrinsics(view.K, who)
     check_transform(view.T_world_cam, who)
 
