@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # What comes along; viewer (rerun, 0.5 GB) is left out.
 EXTRAS ?= cpu,mlflow,sweep,quant,trt,dev
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow matrix clean
 
 demo: .venv/ready
 	$(BIN)/python -m recon
@@ -22,6 +22,9 @@ lint: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+matrix: .venv/ready
+	$(BIN)/python -m pytest -m matrix
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'recon needs Python 3.11 or newer; this is ' + sys.version)"

@@ -51,7 +51,9 @@ def test_a_metric_pair_holds_on_another_metric_map(tmp_path: Path) -> None:
     metric = replace(FOUND_FOR, unit="m")
     state = Align().aligner("left", "disparity", True, {"s": 0.5, "t": 0.1}).state()
     write_calibration(tmp_path / "calibration.json", metric, {"left": state}, {"left": (96, 72)}, K)
-    assert read_calibration(tmp_path / "calibration.json", replace(metric, map_key="new"), ["left"], K)["left"]["s"] == 0.5
+    assert (
+        read_calibration(tmp_path / "calibration.json", replace(metric, map_key="new"), ["left"], K)["left"]["s"] == 0.5
+    )
 
 
 def test_other_cameras_lenses_and_sizes_are_refused(file: Path) -> None:

@@ -321,7 +321,7 @@ MATRIX = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("mode", "precision"), MATRIX)
 def test_the_depth_twin_in_every_mode(mode: str, precision: str, tmp_path: Path) -> None:
     from recon.config import option

@@ -141,13 +141,13 @@ def test_depth_anything_in_every_mode_and_precision(mode: str, precision: str, d
     proven(da2, mode, precision, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("mode", "precision"), [(m, p) for m in MODES for p in PRECISIONS if p != "fp16"])
 def test_depth_anything_in_all_other_pairs(mode: str, precision: str, da2: Base, tmp_path: Path) -> None:
     proven(da2, mode, precision, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("mode", "precision"), [(m, p) for m in ("none", *MODES) for p in PRECISIONS])
 def test_vggt_in_every_mode_and_precision(mode: str, precision: str, vggt: Base, tmp_path: Path) -> None:
     proven(vggt, mode, precision, tmp_path)
