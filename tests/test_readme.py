@@ -19,7 +19,7 @@ SMALL_BY = {  # what makes a command quick without changing what it shows
     "--cfg": "",
     "stages=[benchmark]": "",
     "+sweep=smoke": FRAMES,
-    "stages=[sensitivity]": f"{SMALL} model=recorded sensitivity.group=kind calibration.batches=1 sensitivity.batches=1",
+    "stages=[sensitivity]": f"{FRAMES} depth.input_size=56 model=recorded sensitivity.group=kind calibration.batches=1 sensitivity.batches=1",
 }
 
 
