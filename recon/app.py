@@ -132,7 +132,7 @@ def _write_result(
     folder: Path, composed: DictConfig, status: str, error: Exception | None, metrics: dict[str, Any] | None = None
 ) -> None:
     """`result.json`: the row that the sweep's table is made of."""
-    from recon.leaderboard import AXES, engine_rows
+    from recon.benchmark.leaderboard import AXES, engine_rows
 
     overrides = list(HydraConfig.get().overrides.task)
     choices = HydraConfig.get().runtime.choices

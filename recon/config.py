@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from recon.accuracy import AccuracyOptions
-from recon.benchmark import BenchmarkOptions
+from recon.benchmark.contract import BenchmarkOptions
 from recon.calibration import CalibrationOptions
 from recon.component import Component
 from recon.depth import Depth

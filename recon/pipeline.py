@@ -136,8 +136,8 @@ def build(run: Run) -> str:
 
 def benchmark(run: Run) -> str:
     """Latency, throughput, memory and error of engines under one timing contract."""
-    from recon.bench import benchmark_engines
-    from recon.benchmark import as_plain
+    from recon.benchmark.contract import as_plain
+    from recon.benchmark.stage import benchmark_engines
 
     results = benchmark_engines(run.store)
     summaries = {name: result.summary() for name, result in results.items()}

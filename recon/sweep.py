@@ -45,7 +45,7 @@ class SweepTable(Callback):
 
 def _engines(folder: Path) -> list[dict[str, str]]:
     """The table of engines, printed and written, where jobs built some; and what is to be said of equal rows."""
-    from recon.leaderboard import look_alikes, table, text
+    from recon.benchmark.leaderboard import look_alikes, table, text
 
     files = sorted(folder.glob("[0-9]*/result.json"), key=lambda path: int(path.parent.name))
     jobs = [json.loads(file.read_text()) for file in files]

@@ -11,22 +11,21 @@ import pytest
 import torch
 from small_network import images, network, seeded
 
-from recon.benchmark import (
+from recon.benchmark.contract import (
     BenchmarkOptions,
     BenchmarkResult,
-    append_csv,
     as_plain,
     benchmark,
     benchmark_folder,
-    csv_row,
     synthetic_feeds,
 )
+from recon.benchmark.lanes import Lane, run_frames, run_streams
+from recon.benchmark.table import append_csv, csv_row
 from recon.engines import Session
 from recon.engines.onnxruntime import OnnxRuntime
 from recon.engines.torch import TorchSession
 from recon.errors import ReconError
 from recon.export import ExportOptions, export
-from recon.lanes import Lane, run_frames, run_streams
 from recon.network import TensorSpec
 
 

@@ -16,7 +16,7 @@ from small_network import images, network, seeded
 
 from recon.artifact import manifest_path
 from recon.certificate import Asked, Verdict, certify
-from recon.certificate_text import lines
+from recon.certificate.text import lines
 from recon.config import Config, option
 from recon.engines import Build, Engine, Session
 from recon.engines.onnxruntime import OnnxRuntime

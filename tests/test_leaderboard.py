@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from recon.leaderboard import engine_rows, look_alikes, table, text
+from recon.benchmark.leaderboard import engine_rows, look_alikes, table, text
 
 
 def job(mode: str, precision: str, **row: Any) -> dict[str, Any]:

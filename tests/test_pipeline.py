@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from recon.artifact import manifest_path
-from recon.benchmark import BenchmarkOptions
+from recon.benchmark.contract import BenchmarkOptions
 from recon.config import Config, option
 from recon.errors import ReconError
 from recon.pipeline import Run, finish, run

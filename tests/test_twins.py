@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recon.bench import benchmark_engines
-from recon.benchmark import BenchmarkOptions
+from recon.benchmark.contract import BenchmarkOptions
+from recon.benchmark.stage import benchmark_engines
 from recon.compare import compare
 from recon.config import Config, option
 from recon.depth import Depth

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recon.benchmark import BenchmarkOptions, BenchmarkResult, Clock, device_memory_mib
+from recon.benchmark.contract import BenchmarkOptions, BenchmarkResult, Clock, device_memory_mib
 
 if TYPE_CHECKING:
     import torch

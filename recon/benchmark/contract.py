@@ -5,13 +5,11 @@ on the CPU by `perf_counter_ns`, on CUDA by a pair of events on the stream, with
 the clock starts and outputs left where the engine leaves them. On CUDA two more times are shown apart: *host*, from the
 call to the end of the work as the calling thread sees it, and *end to end*, with inputs brought from host memory and
 outputs brought back. Raw samples are kept; percentiles interpolate linearly between them. The error is
-against torch FP32 on the same inputs. `recon.lanes` times several engines at once by the same contract.
+against torch FP32 on the same inputs. `recon.benchmark.lanes` times several engines at once by the same contract.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -328,44 +326,6 @@ def synthetic_feeds(session: Session, seed: int) -> dict[str, torch.Tensor]:
         dtype = getattr(torch, spec.dtype)
         feeds[name] = values.to(dtype) if dtype.is_floating_point else (values > 0.5).to(dtype)
     return feeds
-
-
-def csv_row(result: BenchmarkResult, identity: Mapping[str, str | float]) -> dict[str, str | float]:
-    """One line of the rolling summary: who was timed (`identity`, columns first), then the figures.
-
-    Every row has the same columns for the same identity columns; what could not be measured is empty.
-    """
-    optional = (
-        "device_memory_mib", "cpu_mhz_before", "cpu_mhz_after", "error_rel_l2_max", "error_cosine_min",
-        "combined_per_s", "frames_per_s", "host_ms_p50", "host_ms_p99", "end_to_end_ms_p50", "end_to_end_ms_p99",
-    )  # fmt: skip
-    figures: dict[str, str | float] = {**dict.fromkeys(optional, ""), **result.summary()}
-    return {**identity, **{name: figures[name] for name in sorted(figures)}}
-
-
-def append_csv(path: Path, row: Mapping[str, str | float]) -> None:
-    """Append a line so that a reader, or a kill at any moment, sees the whole table without it or with it.
-
-    Raises:
-        ReconError: the file has other columns, or cannot be written.
-    """
-    from recon.artifact import locked, writable, write_atomic
-
-    with writable(path.parent), locked(path):
-        old = path.read_text() if path.exists() else ""
-        header = next(csv.reader(io.StringIO(old)), None)
-        if header is not None and header != list(row):
-            differing = sorted(set(header) ^ set(row)) or "their order"
-            raise ReconError(
-                f"{path}: its columns are not the ones of this version (they differ in {differing})",
-                "move the file away; a new one is started",
-            )
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if header is None:
-            writer.writerow(row)
-        writer.writerow(row.values())
-        write_atomic(path, old + text.getvalue())
 
 
 def as_plain(result: BenchmarkResult) -> dict[str, Any]:

@@ -11,17 +11,16 @@ docs/quantisation.md has the rules in full.
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from recon.certificate.recount import Recount, recount
 from recon.errors import ReconError
 from recon.formats import EngineLayer, Inspection, LayerFormat, LayerInfo, Ranges, RestFormat
 from recon.onnxgraph import WIDTHS
-from recon.recount import Recount, recount
 
 if TYPE_CHECKING:
     from recon.engines import Engine
@@ -244,24 +243,3 @@ def _engine_facts(engine: Engine, seen: Inspection, asked: Asked) -> dict[str, A
         "stored_as": dict(Counter(layer.weight for layer in seen.layers if layer.weight)),
         "kernels": dict(Counter(layer.kernel or layer.op for layer in seen.layers)),
     }
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m recon.certificate PATH`: 0 when a certificate was printed, 1 with a message otherwise."""
-    from recon.certificate_text import lines
-    from recon.console import console
-
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        sys.stderr.write(f"{__doc__}\n")
-        return 1
-    try:
-        for line in lines(Path(arguments[0])):
-            console().print(line, markup=False, highlight=False, soft_wrap=True)
-    except ReconError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recon.artifact import Manifest, read_manifest
-from recon.benchmark import BenchmarkResult, append_csv, benchmark, benchmark_folder, csv_row, synthetic_feeds
+from recon.benchmark.contract import BenchmarkResult, benchmark, benchmark_folder, synthetic_feeds
+from recon.benchmark.lanes import Lane, run_frames, run_streams
+from recon.benchmark.table import append_csv, csv_row
 from recon.console import steps
 from recon.errors import ReconError
-from recon.lanes import Lane, run_frames, run_streams
 from recon.network import Network
 from recon.store import Store, built, engine_manifest, open_engine
 

@@ -1,0 +1,1 @@
+"""Timing engines: the contract, several at once, the stage that runs it, and the tables that come out."""
