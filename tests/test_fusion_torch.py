@@ -237,3 +237,33 @@ def test_real_frames_give_the_compiled_maps_volume(data_dir: Path, device: str) 
     small = np.diag([0.125, 0.125, 1]) @ view.K
     wanted, found = (m.render_depth(small, view.T_world_cam, 80, 60) for m in (compiled, ours))
     assert np.mean(np.abs(wanted - found) <= 1e-3 * wanted) > 0.95  # ragged depth: each misses thin things of its own
+
+
+@DEVICE
+@pytest.mark.parametrize("option", [Tsdf(voxel=VOXEL, weight_cap=3), Tsdf(voxel=VOXEL, carve=False)])
+def test_views_fused_together_are_views_fused_one_after_another(option: Tsdf, device: str) -> None:
+    """Bit for bit, rows included: also where a view sees through blocks that one before it in the same step made."""
+    views = scene(6, until=2) + [replace(view, depth=view.depth[::2, ::2].copy(), image=view.image[::2, ::2].copy(),
+                                         K=np.diag([0.5, 0.5, 1]) @ view.K) for view in scene(2)]  # fmt: skip
+    together, alone = DeviceTsdfMap(option, device), DeviceTsdfMap(option, device)
+    for step in range(2):
+        together.integrate_all(views, step)
+        for view in views:
+            alone.integrate(view, step)
+    assert torch.equal(together.pool.keys, alone.pool.keys)
+    assert torch.equal(together.pool.rows, alone.pool.rows)
+    for name, values in together.pool.arrays().items():
+        np.testing.assert_array_equal(values, alone.pool.arrays()[name], name)
+
+
+@pytest.mark.gpu
+def test_the_kernel_gives_what_its_twin_gives() -> None:
+    option, views = Tsdf(voxel=VOXEL, weight_cap=3), scene(6, until=2)
+    on_gpu, on_cpu = DeviceTsdfMap(option, "cuda"), DeviceTsdfMap(option, "cpu")
+    for step in range(3):
+        on_gpu.integrate_all(views, step)
+        on_cpu.integrate_all(views, step)
+    a, b = on_gpu.pool.arrays(), on_cpu.pool.arrays()
+    np.testing.assert_array_equal(a["block_keys"], b["block_keys"])
+    for name in ("weight", "color", "tsdf"):
+        assert np.mean(a[name] != b[name]) < 1e-4, name

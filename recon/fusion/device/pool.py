@@ -67,7 +67,7 @@ class BlockPool:
         return self._around[place] == keys
 
     def add(self, fresh: torch.Tensor) -> torch.Tensor:
-        """Make blocks of sorted packed keys [N] that are not there yet; returns their rows.
+        """Make blocks of distinct packed keys [N] that are not there yet, in their order; returns their rows.
 
         Raises:
             ReconError: the device has no room for them; the pool is unchanged.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +11,7 @@ import torch
 
 from recon.fusion import Map, Mesh, PointCloud
 from recon.fusion.device import raycast, update
+from recon.fusion.device.cameras import CameraCache, Cameras
 from recon.fusion.device.inputs import upload
 from recon.fusion.device.pool import BlockPool
 from recon.fusion.kernels.blocks import SIDE
@@ -28,31 +31,57 @@ class DeviceTsdfMap(Map):
         self.options = options
         self.device = torch.device(device)
         self.pool = BlockPool(self.device)
+        self._cameras = CameraCache(self.device)
 
-    @torch.inference_mode()
     def integrate(self, view: PosedDepth, frame: int) -> None:
         """Fuse one view.
 
         Raises:
             ReconError: parts of the view do not fit, or the device has no room for its blocks; the map is unchanged.
         """
+        self.integrate_all([view], frame)
+
+    @torch.inference_mode()
+    def integrate_all(self, views: Sequence[PosedDepth], frame: int) -> None:
+        """Fuse several views, in their order, with the result of one after another and few operations.
+
+        Raises:
+            ReconError: parts of a view do not fit, and the map is unchanged; or the device has no room for the blocks
+                of views of one size, and those and later ones are not in the map.
+        """
         o = self.options
-        depth, image = upload(view, self.device, o.max_depth, o.min_confidence)
-        check_range(view, o)
+        prepared = [upload(view, self.device, o.max_depth, o.min_confidence) for view in views]
+        for view in views:
+            check_range(view, o)
+        for _, run in groupby(range(len(views)), key=lambda i: prepared[i][0].shape):
+            some = list(run)
+            depths, images = (torch.stack([prepared[i][part] for i in some]) for part in (0, 1))
+            self._fuse(depths, images, self._cameras.of([views[i] for i in some]))
+
+    def _fuse(self, depths: torch.Tensor, images: torch.Tensor, cameras: Cameras) -> None:
+        """Average views [V,H,W] into the blocks near their surfaces, and into those that they see through."""
+        o = self.options
         block = o.voxel * SIDE
-        touched = update.near_surface(depth, view.K, view.T_world_cam, o.truncation * o.voxel, block)
-        found = self.pool.find(touched)
-        missing = found < 0
-        rows = found[~missing]
-        if o.carve and self.pool.size:
-            through = update.seen_through(self.pool, rows, depth, view.K, view.T_world_cam, block)
-            rows = torch.cat([rows, through])
-        fresh = touched[missing]
-        if len(fresh):
-            rows = torch.cat([rows, self.pool.add(fresh)])
-        update.average(
-            self.pool, rows, depth, image, view.K, view.T_world_cam, o.voxel, o.truncation, o.weight_cap
-        )  # fmt: skip
+        touched, by = update.near_surface(depths, cameras, o.truncation * o.voxel, block)
+        before = self._grow(touched, by)
+        if not self.pool.size:
+            return
+        concerned = torch.zeros((len(depths), self.pool.size), dtype=torch.bool, device=self.device)
+        concerned.index_copy_(1, self.pool.find(touched), by)
+        if o.carve:
+            through = update.seen_through(self.pool, depths, cameras, block)
+            concerned |= through & (torch.arange(self.pool.size, device=self.device) < before[:, None])
+        update.average(self.pool, concerned, depths, images, cameras, o.voxel, o.truncation, o.weight_cap)
+
+    def _grow(self, touched: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Make the blocks that are missing, in the order in which the views meet them; [V] how many each view found."""
+        size, numbers = self.pool.size, torch.arange(len(by), device=self.device)
+        missing = torch.nonzero(self.pool.find(touched) < 0)[:, 0]
+        if not len(missing):
+            return torch.full_like(numbers, size)
+        first, order = by[:, missing].to(torch.uint8).argmax(0).sort(stable=True)
+        self.pool.add(touched[missing[order]])
+        return size + torch.searchsorted(first, numbers)
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """`render` as a NumPy array."""
