@@ -70,9 +70,14 @@ class Fusion(Component):
     """Depth beyond this is not fused; map units."""
     min_confidence: float = 0.0
     """Pixels whose confidence is lower are left out, where the depth comes with one. 0: all are taken."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N: where the map lies and is fused and rendered."""
 
     def check(self) -> None:
+        from recon.fusion.device import require_device
+
         super().check()
+        require_device(self.device)
         if not 0 < self.max_depth < float("inf"):
             raise ReconError(f"fusion.max_depth={self.max_depth}: must be positive and finite", "10 is ten map units")
         if not self.voxel > 0:

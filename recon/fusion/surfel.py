@@ -2,13 +2,13 @@
 
 After Keller et al. (3DV 2013) and ElasticFusion (Whelan et al., RSS 2015), without the index map: each visible surfel
 reads the one pixel it projects to, so that the pass has no scatter conflicts and no search, and finds violations of
-free space on the way.
+free space on the way. On CUDA all of it is torch: see `recon.fusion.device`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from recon.fusion import Fusion, Map, PointCloud
 from recon.geometry.cameras import check_intrinsics, check_transform, invert
 from recon.geometry.views import Array, DepthImage, PosedDepth
 
+if TYPE_CHECKING:
+    from recon.fusion.device.surfels import DeviceSurfelMap
+
 _START = 1024
-_COLUMNS: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+COLUMNS: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
     "position": ((3,), np.float32), "normal": ((3,), np.float32), "color": ((3,), np.float32),
     "radius": ((), np.float32), "weight": ((), np.float32), "first": ((), np.int32), "last": ((), np.int32),
     "violations": ((), np.uint8),
@@ -57,8 +60,12 @@ class Surfel(Fusion):
             if not low <= getattr(self, name) <= high:
                 raise ReconError(f"fusion.{name}={getattr(self, name)}: must be {low} to {high:g}")
 
-    def create(self) -> SurfelMap:
-        return SurfelMap(self)
+    def create(self) -> SurfelMap | DeviceSurfelMap:
+        if self.device == "cpu":
+            return SurfelMap(self)
+        from recon.fusion.device.surfels import DeviceSurfelMap
+
+        return DeviceSurfelMap(self, self.device)
 
 
 class SurfelMap(Map):
@@ -68,7 +75,7 @@ class SurfelMap(Map):
         self.options = options
         self.size = 0
         self.columns: dict[str, NDArray[Any]] = {
-            name: np.zeros((_START, *shape), dtype) for name, (shape, dtype) in _COLUMNS.items()
+            name: np.zeros((_START, *shape), dtype) for name, (shape, dtype) in COLUMNS.items()
         }
         self._unit = options.unit_depth
         self._tick = 0
@@ -98,7 +105,7 @@ class SurfelMap(Map):
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """[height,width] float32 z-depth of the front faces, 0 where there are none: z-buffered squares, and at each
-        pixel the weighted mean of the planes within one voxel (or 1 % of depth) behind the nearest."""
+        pixel the weighted mean of the planes within one voxel behind the nearest."""
         from recon.fusion.kernels.depth import pinhole, rigid
         from recon.fusion.kernels.surfels import splat
 

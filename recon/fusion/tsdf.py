@@ -40,14 +40,9 @@ class Tsdf(Fusion):
     """Also update blocks that the camera sees through: what has gone is worn away, at a pace set by weight_cap."""
     min_weight: int = 1
     """Observations that a voxel needs before it takes part in a surface."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N: where the map lies and is fused and rendered."""
 
     def check(self) -> None:
-        from recon.fusion.device import require_device
-
         super().check()
-        require_device(self.device)
         if not 2 <= self.truncation <= 16:
             raise ReconError(f"fusion.truncation={self.truncation}: must be 2 to 16 voxels", "4 suits most depth")
         if not 1 <= self.weight_cap <= 60000:

@@ -6,7 +6,12 @@ the same input. The compiled loops in `recon.fusion.kernels` are the oracle that
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from recon.errors import ReconError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def require_device(device: str) -> None:
@@ -23,3 +28,13 @@ def require_device(device: str) -> None:
         raise ReconError(
             f"fusion.device={device}: this PyTorch {torch.__version__} sees {count} CUDA devices", "fusion.device=cpu"
         )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated: the device's free memory and what PyTorch holds unused. None: not known (CPU)."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)

@@ -18,8 +18,8 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 
-_DRAWN = 0.67  # share of its side at which a surfel is drawn: whole squares hang over silhouettes
-_FACING = 0.5  # cosine of 60 degrees: normals further apart are different surfaces
+DRAWN = 0.67  # share of its side at which a surfel is drawn: whole squares hang over silhouettes
+FACING = 0.5  # cosine of 60 degrees: normals further apart are different surfaces
 
 
 @jit
@@ -118,7 +118,7 @@ def gather(
         cx = R[0, 0] * sx + R[0, 1] * sy + R[0, 2] * sz
         cy = R[1, 0] * sx + R[1, 1] * sy + R[1, 2] * sz
         cz = R[2, 0] * sx + R[2, 1] * sy + R[2, 2] * sz
-        if nx * cx + ny * cy + nz * cz < _FACING:
+        if nx * cx + ny * cy + nz * cz < FACING:
             continue
         w = (unit / seen) ** 2
         part = w / (weight[i] + w)
@@ -274,7 +274,7 @@ def splat(
             x = R[0, 0] * px + R[0, 1] * py + R[0, 2] * pz + t[0]
             y = R[1, 0] * px + R[1, 1] * py + R[1, 2] * pz + t[1]
             u, v = camera[0] * x / z + camera[2], camera[1] * y / z + camera[3]
-            side = _DRAWN * radius[i] / z
+            side = DRAWN * radius[i] / z
             ru, rv = max(side * camera[0], 0.5), max(side * camera[1], 0.5)
             if u + ru < 0 or v + rv < 0 or u - ru > width - 1 or v - rv > height - 1:
                 continue
