@@ -70,6 +70,7 @@ def finish(run: Run) -> Path:
     """Write metrics.json, then the manifest of the run folder: its presence means that the run is complete."""
     path = run.folder / "metrics.json"
     run.metrics["stages"] = [asdict(row) for row in run.rows]
+    run.metrics["from_source"] = run.store.from_source
     write_atomic(path, json.dumps(run.metrics, indent=1, default=float) + "\n")
     seal(run.folder, "run", [path, *run.record.files])
     return path

@@ -36,6 +36,7 @@ class Store:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = Path(config.output)
+        self.from_source: dict[str, Any] = {}  # what the configuration left to the source's images, for metrics.json
         self._data_keys: dict[str, str] = {}
         self.redone: set[tuple[Path, str]] = set()  # forced stages are redone once a run, not at every use
 
@@ -45,8 +46,24 @@ class Store:
 
     @cached_property
     def _networks(self) -> dict[str, Network | None]:
-        config = self.config
-        return {"model": self._bootstrap_network(), "depth": config.depth.network()}
+        self._fit_depth()
+        return {"model": self._bootstrap_network(), "depth": self.config.depth.network()}
+
+    def _fit_depth(self) -> None:
+        """Give the streaming network's input the shape of the source's images, where the configuration leaves it open.
+
+        Done here, before there is a network, so that names, keys and preprocessing all follow from it.
+        """
+        asked = self.config.depth
+        if not asked.wants_image_sizes:
+            return
+        sizes = self.config.source.image_sizes()
+        self.config.depth = asked.for_images(sizes)
+        before, after = asked.settings(), self.config.depth.settings()
+        changed = {
+            key: {"requested": before[key], "effective": after[key]} for key in after if after[key] != before[key]
+        }
+        self.from_source = {"image_sizes": {camera: list(size) for camera, size in sizes.items()}, "depth": changed}
 
     def _bootstrap_network(self) -> Network | None:
         model = self.config.model

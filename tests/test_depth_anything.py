@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DepthAnythingForDepthEstimation, DPTImageProcessor
 
+from recon.config import option
 from recon.depth.depth_anything import DepthAnything, keep_aspect
 from recon.depth.metric_depth_anything import MetricDepthAnything
 from recon.depth.nets.depth_anything import ARCHITECTURES, _seeded, configuration, preprocess, restore
@@ -141,6 +142,42 @@ def test_keeping_the_aspect_needs_no_warning(caplog: pytest.LogCaptureFixture) -
         found = option.predict(View("cam_0", 0, example_images(1, (163, 109), 2)[0]), session)
     assert found.shape == (109, 163)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [
+        ([(160, 120)], (112, 154)),
+        ([(640, 480), (1280, 720), (1920, 1080)], (112, 196)),  # the commonest shape, whatever the resolution
+        ([(640, 480), (1280, 720)], (112, 154)),  # of equally many, the first
+        ([(480, 640), (480, 640)], (154, 112)),
+        ([], (112, 112)),
+    ],
+)
+def test_the_input_takes_its_shape_from_the_images(sizes: list[tuple[int, int]], wanted: tuple[int, int]) -> None:
+    known = {f"cam{number}": size for number, size in enumerate(sizes)}
+    fitted = twin().for_images(known)
+    assert fitted.size() == wanted
+    assert fitted.network().inputs["pixel_values"].shape == (1, 3, *wanted)
+    assert fitted.feeds([View("a", 0, example_images(1, (40, 30), 0)[0])])["pixel_values"].shape == (1, 3, *wanted)
+    assert not fitted.wants_image_sizes or not sizes
+
+
+def test_a_shape_that_was_asked_for_stays() -> None:
+    square = twin(image_size=[1, 1])
+    assert (square.wants_image_sizes, square.for_images({"a": (640, 480)}).size()) == (False, (112, 112))
+    trained = option("depth", "da-mini")
+    assert isinstance(trained, DepthAnything)
+    assert not trained.wants_image_sizes
+    assert trained.for_images({"a": (1280, 720)}).size() == (168, 224)  # the shape that its weights were trained at
+
+
+@pytest.mark.parametrize("name", ["da2-small", "da2-base", "da2-large", "da2-metric-indoor", "da2-metric-outdoor"])
+def test_every_published_network_follows_the_source(name: str) -> None:
+    published = option("depth", name)
+    assert isinstance(published, DepthAnything)
+    assert published.wants_image_sizes
+    assert published.for_images({"a": (1280, 720)}).size() == (518, 924)  # as the model's own processor
 
 
 def test_the_network_describes_itself() -> None:

@@ -58,7 +58,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_leaves_its_part(built: Path) -> None:
     metrics = json.loads((built / "runs" / "first" / "metrics.json").read_text())
-    name = "da2-twin-1x3x112x112"
+    name = "da2-twin-1x3x84x112"
     assert metrics["onnx"][name]["opset"] == 20
     facts = metrics["engines"][name]["facts"]
     assert all(error["rel_l2"] < 1e-4 for error in facts["accuracy"]["outputs"].values())
@@ -164,7 +164,7 @@ def test_mlflow_holds_parameters_series_tables_and_files(tmp_path: Path) -> None
     assert found.data.params["align.smooth_scale"] == "0.1"
     assert found.data.tags["sweep"] == "s1"
     assert found.data.metrics["recon/points"] > 100
-    samples = client.get_metric_history(found.info.run_id, "engine/da2-twin-1x3x112x112_latency_ms")
+    samples = client.get_metric_history(found.info.run_id, "engine/da2-twin-1x3x84x112_latency_ms")
     assert [sample.step for sample in samples] == list(range(50))
     names = {item.path for item in client.list_artifacts(found.info.run_id)}
     assert {"metrics.json", "map_updated.ply", "report.html", "tables"} <= names

@@ -62,6 +62,9 @@ def test_a_run_from_damaged_videos_says_what_it_lost(tmp_path: Path) -> None:
     source = Videos(name="videos", path=str(tmp_path / "v"), rig=rig(tmp_path))
     metrics = metrics_of(source, tmp_path)
     assert metrics["scale"] == {"unit": "m", "source": "known poses"}
+    sizes = {"left": [160, 120], "right": [160, 120]}
+    asked = {"image_size": {"requested": [], "effective": [160, 120]}}
+    assert metrics["from_source"] == {"image_sizes": sizes, "depth": asked}
     assert metrics["source"]["cameras"]["left"]["lost"] == {"damaged": 3}  # frames 5, 6 and 7
     assert "before the last camera" in metrics["source"]["cameras"]["right"]["events"][0]["what"]
     assert metrics["source"]["skew_ms"]["max"] == 10.0

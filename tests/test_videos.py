@@ -186,6 +186,14 @@ def test_cameras_are_put_together_by_time(folder: Path) -> None:
     assert threading.active_count() < 20  # the decoders have ended
 
 
+def test_sizes_are_those_of_the_views(folder: Path) -> None:
+    write_video(folder / "v" / "top.mp4", even(24), size=(96, 160))
+    videos = source(folder)
+    assert videos.image_sizes() == {view.camera: view.size for view in videos.bootstrap()}
+    assert videos.image_sizes()["top"] == (96, 160)
+    assert source(folder, views=["top"]).image_sizes() == {"top": (96, 160)}
+
+
 def test_steps_limits_and_times(folder: Path) -> None:
     assert stream(source(folder, frame_step=5, views=["right"])) == [{"right": n} for n in (5, 10, 15, 20)]
     assert len(stream(source(folder, max_batches=2))) == 2

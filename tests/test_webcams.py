@@ -150,6 +150,14 @@ def test_intrinsics_of_another_size_are_refused(files: list[str], tmp_path: Path
         cameras(files[0], intrinsics=str(tmp_path / "K.npz")).validate()
 
 
+def test_sizes_of_images_are_known_before_the_capture(files: list[str]) -> None:
+    assert cameras(f"left={files[0]}").image_sizes() == {"left": SIZE}
+    assert cameras("front=97", width=640, height=480).image_sizes() == {"front": (640, 480)}  # nothing is opened
+    with pytest.raises(ReconError, match=r"97 cannot be opened .*size of its images") as caught:
+        cameras("front=97").image_sizes()
+    assert "depth.image_size" in caught.value.remedy
+
+
 def test_every_session_is_another(files: list[str]) -> None:
     source = cameras(files[0])
     assert source.content_key() == source.content_key() != cameras(files[0]).content_key()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -36,6 +37,15 @@ class Depth(Component):
         super().check()
         if self.every < 1:
             raise ReconError(f"depth.every={self.every}: must be at least 1", "1 runs depth on every frame")
+
+    @property
+    def wants_image_sizes(self) -> bool:
+        """Whether the shape of the network's input is still to be taken from the source's images."""
+        return False
+
+    def for_images(self, sizes: Mapping[str, tuple[int, int]]) -> Depth:
+        """This option for a source whose cameras have images of these sizes (width, height)."""
+        return self
 
     def network(self) -> Network | None:
         """The network, or None where there is none (`recorded`)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -47,8 +49,8 @@ class DepthAnything(Depth):
     architecture: str = "small"
     """Sizes of the network with seeded weights: small | base | large | mini | twin. A checkpoint brings its own."""
     image_size: list[int] = field(default_factory=list)
-    """Width and height of the camera's images, to give the network's fixed input their shape, as the model's own
-    processor does; empty: a square input of side input_size, to which images are stretched."""
+    """Width and height of the images that the network's fixed input takes its shape from, as the model's own processor
+    does; empty: those of the source, of several shapes the commonest; [1,1]: a square. Others are stretched to it."""
 
     def check(self) -> None:
         super().check()
@@ -67,6 +69,20 @@ class DepthAnything(Depth):
                 f"depth.image_size={self.image_size}: must be width and height in pixels", "e.g. [640,480], or []"
             )
         _require_folder(self.weights, resolve(self.weights, self.revision))
+
+    @property
+    def wants_image_sizes(self) -> bool:
+        """Whether `image_size` is left to the source."""
+        return not self.image_size
+
+    def for_images(self, sizes: Mapping[str, tuple[int, int]]) -> DepthAnything:
+        """With `image_size` of most cameras, in the sense of one network input; of equally many, the first in order."""
+        if self.image_size or not sizes:
+            return self
+        inputs = {camera: keep_aspect(*size, self.input_size or OWN_SIZE) for camera, size in sizes.items()}
+        commonest = Counter(inputs.values()).most_common(1)[0][0]
+        camera = next(name for name, shape in inputs.items() if shape == commonest)
+        return replace(self, image_size=list(sizes[camera]))
 
     def network(self) -> Network:
         """The network for one image: pixel_values [1,3,H,W] FP32, normalised -> [1,H,W] FP32, named by `output`."""

@@ -80,6 +80,10 @@ class Source(Component):
     def __len__(self) -> int:
         """Number of batches, for progress bars; 0 when unknown (live)."""
 
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and height of the stream's views by camera, from headers or settings; empty where that is unknown."""
+        return {}
+
     @abstractmethod
     def content_key(self) -> str:
         """Hash of what `bootstrap()` reads, content included: same key, same pixels, poses and depth."""

@@ -101,6 +101,11 @@ class Images(Recording):
     def cameras(self) -> list[str]:
         return list(self._frames(self.path))
 
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        from recon.sources.imagefiles import image_size
+
+        return {camera: image_size(files[0]) for camera, files in self._frames(self.live_path or self.path).items()}
+
     def bootstrap(self) -> list[View]:
         frames = self._frames(self.path)
         calibration, times = self._calibration(frames), {} if self.live_path else self._times()

@@ -73,6 +73,9 @@ class Synthetic(Source):
 
         return choose(self, [f"cam{number}" for number in range(self.count)])
 
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        return dict.fromkeys(self.cameras(), (self.width, self.height))
+
     def bootstrap(self) -> list[View]:
         return self._views(*self._world(), 0)
 

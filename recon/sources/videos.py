@@ -67,6 +67,9 @@ class Videos(Recording):
     def cameras(self) -> list[str]:
         return list(self._files())
 
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        return {camera: index.size for camera, index in self._indices().items()}
+
     def bootstrap(self) -> list[View]:
         return self._bootstrap()[1]
 

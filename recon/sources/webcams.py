@@ -66,6 +66,7 @@ class Webcams(Calibrated):
         self._live: LiveRig | None = None
         self._known: Calibration | None = None
         self._first: list[View] = []
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._report: dict[str, Any] = {}
 
     def check(self) -> None:
@@ -95,9 +96,22 @@ class Webcams(Calibrated):
             self._calibration(rig)
         finally:
             rig.close()
+        self._sizes = {name: capture.size for name, capture in rig.captures.items()}
 
     def cameras(self) -> list[str]:
         return list(self._devices())
+
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """As asked for, since other sizes are refused; else as the cameras have them, which opens them once."""
+        if self.width and self.height:
+            return dict.fromkeys(self.cameras(), (self.width, self.height))
+        if not self._sizes:
+            try:
+                self.validate()
+            except ReconError as error:
+                remedy = "source.width and source.height, or depth.image_size, say it where no camera is at hand"
+                raise ReconError(f"{error.problem} (asked for the size of its images)", remedy) from error
+        return self._sizes
 
     def bootstrap(self) -> list[View]:
         """The first pictures of this session, the same at every call.
