@@ -5,6 +5,9 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 # What comes along; viewer (rerun, 0.5 GB) is left out.
 EXTRAS ?= cpu,mlflow,sweep,quant,trt,dev
+# Test processes; a file's tests stay in one, which keeps what they share.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15
 
 .PHONY: demo test lint slow matrix clean
 
@@ -12,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/python -m recon
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -21,10 +24,10 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 matrix: .venv/ready
-	$(BIN)/python -m pytest -m matrix
+	$(PYTEST) -m matrix
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'recon needs Python 3.11 or newer; this is ' + sys.version)"

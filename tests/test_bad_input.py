@@ -104,7 +104,8 @@ def test_bad_recordings_end_with_one_message(tmp_path: Path, spoil: Spoil, words
 
 
 def test_tracking_none_works_without_mlflow(tmp_path: Path) -> None:
-    small = "['recon', 'tracking=none', 'source.width=96', 'source.height=72', 'source.steps=1']"
+    recorded = "'model=recorded', 'depth=recorded', 'source.width=96', 'source.height=72', 'source.steps=1'"
+    small = f"['recon', 'tracking=none', {recorded}]"
     script = f"import sys; sys.modules['mlflow'] = None; sys.argv = {small}; from recon.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False

@@ -212,9 +212,8 @@ def frames_without_times(run: Path) -> list[dict[str, object]]:
 NETWORKS = ["model=vggt-twin", "depth=da2-twin", "model.width=84", "model.height=56"]
 
 
-@pytest.mark.parametrize(
-    "networks", [RECORDED, pytest.param(NETWORKS, marks=pytest.mark.slow)], ids=["recorded", "networks"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("networks", [RECORDED, NETWORKS], ids=["recorded", "networks"])
 def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(networks: list[str], tmp_path: Path) -> None:
     """Ten SIGKILLs spread over the run, then one run to the end: same map, same frames, same artifacts, nothing stray."""
     arguments = [*TINY, *networks, "save_per_frame_depth=true"]
