@@ -20,6 +20,7 @@ from recon.geometry.views import Array, DepthImage, PosedDepth
 
 if TYPE_CHECKING:
     from recon.fusion.device.surfels import DeviceSurfelMap
+    from recon.fusion.kernels.surfels import Rows, Rules
 
 _START = 1024
 COLUMNS: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
@@ -85,23 +86,24 @@ class SurfelMap(Map):
         from recon.fusion.kernels import depth as prepared
         from recon.fusion.kernels import surfels
 
-        o, c = self.options, self.columns
-        depth, count = prepared.prepare(view, o.max_depth, o.min_confidence)
+        depth, count = prepared.prepare(view, self.options.max_depth, self.options.min_confidence)
         if count == 0:
             return
         self._unit = self._unit or float(np.median(depth[depth > 0])) / 2
-        camera, image = prepared.pinhole(view.K), np.ascontiguousarray(view.image)
-        base = max(1, round(depth.shape[1] * 3.5 / 640))  # pixel noise grows with the square of a shorter base
-        floor = o.gate_voxels * o.voxel
-        covered = np.zeros(depth.shape, np.uint8)
-        dead = surfels.gather(
-            self.size, c["position"], c["normal"], c["color"], c["radius"], c["weight"], c["last"], c["violations"],
-            depth, image, camera, *prepared.rigid(invert(view.T_world_cam)), base, floor, o.gate_share, self._unit,
-            o.weight_cap, frame, o.patience, o.stale_frames, o.stale_weight, covered,
-        )  # fmt: skip
-        if dead:
-            self.size = surfels.keep_living(self.size, *self.columns.values())
-        self._spawn(depth, image, camera, view.T_world_cam, base, covered, frame)
+        camera, image, rules = prepared.pinhole(view.K), np.ascontiguousarray(view.image), self._rules(depth.shape[1])
+        covered, (R, t) = np.zeros(depth.shape, np.uint8), prepared.rigid(invert(view.T_world_cam))
+        if surfels.gather(self.size, self._rows(), depth, image, camera, R, t, rules, frame, covered):
+            self.size = surfels.keep_living(self.size, self._rows())
+        (R, t), size = prepared.rigid(view.T_world_cam), -1
+        while size < 0:
+            self._tick += 1
+            size = surfels.spawn(
+                self.size, self._rows(), depth, image, camera, R, t, rules, frame, covered,
+                self._seeds, self._stamps, self._tick,
+            )  # fmt: skip
+            if size < 0:
+                self._double()
+        self.size = size
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """[height,width] float32 z-depth of the front faces, 0 where there are none: z-buffered squares, and at each
@@ -111,11 +113,8 @@ class SurfelMap(Map):
 
         K, T_world_cam = check_intrinsics(K, "render_depth"), check_transform(T_world_cam, "render_depth")
         near, total, mass = (np.zeros((height, width), np.float32) for _ in range(3))
-        c = self.columns
-        splat(
-            self.size, c["position"], c["normal"], c["radius"], c["weight"], pinhole(K), *rigid(invert(T_world_cam)),
-            self.options.voxel, near, total, mass,
-        )  # fmt: skip
+        R, t = rigid(invert(T_world_cam))
+        splat(self.size, self._rows(), pinhole(K), R, t, float(self.options.voxel), near, total, mass)
         return np.divide(total, mass, out=near, where=mass > 0)
 
     def points(self) -> PointCloud:
@@ -138,28 +137,20 @@ class SurfelMap(Map):
             "voxel": self.options.voxel,
         }
 
-    def _spawn(
-        self, depth: DepthImage, image: NDArray[np.uint8], camera: Array, T_world_cam: Array,
-        base: int, covered: NDArray[np.uint8], frame: int,
-    ) -> None:  # fmt: skip
-        from recon.fusion.kernels import surfels
-        from recon.fusion.kernels.depth import rigid
+    def _rows(self) -> Rows:
+        from recon.fusion.kernels.surfels import Rows
 
-        o, (R, t) = self.options, rigid(T_world_cam)
-        while True:
-            self._tick += 1
-            c = self.columns
-            size = surfels.spawn(
-                self.size, c["position"], c["normal"], c["color"], c["radius"], c["weight"], depth, image, camera,
-                R, t, base, o.gate_voxels * o.voxel, o.gate_share, self._unit, o.weight_cap, o.voxel, o.radius,
-                covered, self._seeds, self._stamps, self._tick,
-            )  # fmt: skip
-            if size >= 0:
-                break
-            self._double()
-        new = slice(self.size, size)
-        c["first"][new], c["last"][new], c["violations"][new] = frame, frame, 0
-        self.size = size
+        return Rows(**self.columns)
+
+    def _rules(self, width: int) -> Rules:
+        """For images of this width; of the types that the compiled loops were compiled for."""
+        from recon.fusion.kernels.surfels import Rules
+
+        o = self.options
+        return Rules(
+            base(width), float(o.gate_voxels * o.voxel), float(o.gate_share), float(self._unit), float(o.weight_cap),
+            o.patience, o.stale_frames, float(o.stale_weight), float(o.voxel), float(o.radius),
+        )  # fmt: skip
 
     def _double(self) -> None:
         """Twice the rows, and scratch for as many new ones."""
@@ -169,3 +160,9 @@ class SurfelMap(Map):
             self.columns[name] = grown
         length = 2 * len(self._seeds)
         self._seeds, self._stamps = np.zeros(length, np.int64), np.zeros(length, np.int32)
+
+
+def base(width: int) -> int:
+    """Distance, in pixels of an image of `width`, at which depth is compared for normals: the noise of a depth sensor
+    grows with the square of a shorter one."""
+    return max(1, round(width * 3.5 / 640))

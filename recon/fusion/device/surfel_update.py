@@ -14,7 +14,7 @@ import torch
 from recon.fusion.device.inputs import Pinhole, pinhole, rigid, turned
 from recon.fusion.device.surfel_windows import Windows
 from recon.fusion.kernels.surfels import FACING
-from recon.fusion.surfel import Surfel
+from recon.fusion.surfel import Surfel, base
 from recon.geometry.cameras import invert
 from recon.geometry.views import Array
 
@@ -50,15 +50,14 @@ class Sight:
     def normals(self) -> torch.Tensor:
         """[H,W,3] float64, unit, in the camera frame and towards the camera; 0 where there is none.
 
-        From pixels `base` away on both sides, or on one where the other is missing or beyond a jump in depth.
+        From pixels `surfel.base` away on both sides, or on one where the other is missing or beyond a jump in depth.
         """
         (fx, fy, cx, cy), (u, v) = self.camera, self.grid()
-        base = max(1, round(self.depth.shape[1] * 3.5 / 640))
-        jump = self.gate(self.depth.to(torch.float64))
-        u0, a0 = self._neighbour(1, -base, u, jump)
-        u1, a1 = self._neighbour(1, base, u, jump)
-        v0, b0 = self._neighbour(0, -base, v, jump)
-        v1, b1 = self._neighbour(0, base, v, jump)
+        step, jump = base(self.depth.shape[1]), self.gate(self.depth.to(torch.float64))
+        u0, a0 = self._neighbour(1, -step, u, jump)
+        u1, a1 = self._neighbour(1, step, u, jump)
+        v0, b0 = self._neighbour(0, -step, v, jump)
+        v1, b1 = self._neighbour(0, step, v, jump)
         ax, az = (a1 * (u1 - cx) - a0 * (u0 - cx)) / fx, a1 - a0
         by, bz = (b1 * (v1 - cy) - b0 * (v0 - cy)) / fy, b1 - b0
         x, y = (u - cx) / fx, (v - cy) / fy

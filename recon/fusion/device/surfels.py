@@ -28,7 +28,7 @@ class DeviceSurfelMap(Map):
 
     def __init__(self, options: Surfel, device: str | torch.device) -> None:
         self.options = options
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.size = 0
         self.columns: surfel_update.Columns = {
             name: torch.zeros((_START, *shape), dtype=getattr(torch, np.dtype(dtype).name), device=self.device)

@@ -1,10 +1,12 @@
 """Surfel loops: every visible surfel reads its pixel, uncovered pixels spawn, and the map is splatted into a z-buffer.
 
 A surfel is a row of the arrays that `recon.fusion.surfel.SurfelMap` holds. Rows keep their order, so a map is the same
-bytes for the same input. World to camera is R, t (T_cam_world); camera is (fx, fy, cx, cy).
+bytes for the same input. camera is (fx, fy, cx, cy); R, t are T_cam_world, but T_world_cam where surfels spawn.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +19,265 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
+Triple = tuple[float, float, float]
 
 DRAWN = 0.67  # share of its side at which a surfel is drawn: whole squares hang over silhouettes
 FACING = 0.5  # cosine of 60 degrees: normals further apart are different surfaces
 
 
+class Rows(NamedTuple):
+    """The columns of surfels, at capacity."""
+
+    position: Float32
+    normal: Float32
+    color: Float32
+    radius: Float32
+    weight: Float32
+    first: Int32
+    last: Int32
+    violations: UInt8
+
+
+class Rules(NamedTuple):
+    """What a frame and the options decide. Gate |dz| <= max(floor, share*z); an observation weighs (unit/z)^2."""
+
+    base: int
+    floor: float
+    share: float
+    unit: float
+    cap: float
+    patience: int
+    stale_frames: int
+    stale_weight: float
+    spacing: float
+    radius: float
+
+
 @jit
-def normal_at(
-    depth: DepthImage, u: int, v: int, base: int, camera: Float, floor: float, share: float
-) -> tuple[float, float, float]:
+def gather(
+    n: int, rows: Rows, depth: DepthImage, image: Image, camera: Float, R: Float, t: Float, rules: Rules, frame: int,
+    covered: UInt8,
+) -> int:  # fmt: skip
+    """Merge a frame into the surfels it sees; returns how many have died (weight 0). `covered` is set where a surfel
+    explains the pixel."""
+    position, normal, color, radius, weight, _, last, violations = rows
+    dead = 0
+    for i in range(n):
+        if weight[i] < rules.stale_weight and frame - last[i] > rules.stale_frames:
+            weight[i] = 0.0
+            dead += 1
+            continue
+        x, y, z = _moved(R, t, position, i)
+        u, v = _pixel(camera, x, y, z, depth.shape)
+        seen = depth[v, u] if u >= 0 else np.float32(0)
+        gate = max(rules.floor, rules.share * z)
+        if seen <= 0 or seen < z - gate:
+            continue  # unknown or hidden
+        if seen > z + gate:
+            violations[i] += 1
+            if violations[i] >= rules.patience:
+                weight[i] = 0.0
+                dead += 1
+            continue
+        violations[i] = 0
+        measured = normal_at(depth, u, v, rules.base, camera, rules.floor, rules.share)
+        held = _turned(R, normal[i, 0], normal[i, 1], normal[i, 2])
+        if measured[0] * held[0] + measured[1] * held[1] + measured[2] * held[2] < FACING:
+            continue
+        w = (rules.unit / seen) ** 2
+        part = w / (weight[i] + w)
+        dx, dy, dz = seen * (u - camera[2]) / camera[0] - x, seen * (v - camera[3]) / camera[1] - y, seen - z
+        _average(i, position, normal, R, part, held, measured, held[0] * dx + held[1] * dy + held[2] * dz)
+        for a in range(3):
+            color[i, a] += part * (image[v, u, a] - color[i, a])
+        weight[i], last[i] = min(weight[i] + w, rules.cap), frame
+        _cover(covered, depth, u, v, int(radius[i] * camera[0] / z), z, gate)
+    return dead
+
+
+@jit
+def spawn(
+    n: int, rows: Rows, depth: DepthImage, image: Image, camera: Float, R: Float, t: Float, rules: Rules, frame: int,
+    covered: UInt8, seeds: Int64, stamps: Int32, tick: int,
+) -> int:  # fmt: skip
+    """New surfels for uncovered pixels, one per cube of side `spacing`, in scan order from row n; returns their end.
+
+    seeds, stamps: hash set of cubes, valid where stamps equals tick. Returns -1 when the arrays or
+    the set are too small: grow both and repeat.
+    """
+    position, normal, color, radius, weight, first, last, violations = rows
+    start = n
+    for v in range(depth.shape[0]):
+        for u in range(depth.shape[1]):
+            z = depth[v, u]
+            if z <= 0 or covered[v, u]:
+                continue
+            x, y, ahead = _turned(R, z * (u - camera[2]) / camera[0], z * (v - camera[3]) / camera[1], z)
+            x, y, ahead = x + t[0], y + t[1], ahead + t[2]
+            key = _cube(x / rules.spacing, y / rules.spacing, ahead / rules.spacing)
+            slot = _slot(key, seeds, stamps, tick)
+            if stamps[slot] == tick:
+                continue
+            measured = normal_at(depth, u, v, rules.base, camera, rules.floor, rules.share)
+            if measured[0] == 0 and measured[1] == 0 and measured[2] == 0:
+                continue  # another pixel of the cube may do
+            if n >= len(position) or 2 * (n - start + 1) > len(seeds):
+                return -1
+            seeds[slot], stamps[slot] = key, tick
+            position[n, 0], position[n, 1], position[n, 2] = x, y, ahead
+            turned = _turned(R, measured[0], measured[1], measured[2])
+            for a in range(3):
+                normal[n, a], color[n, a] = turned[a], image[v, u, a]
+            radius[n] = rules.radius * max(rules.spacing, z / camera[0])
+            weight[n] = min((rules.unit / z) ** 2, rules.cap)
+            first[n], last[n], violations[n] = frame, frame, 0
+            n += 1
+    return n
+
+
+@jit
+def keep_living(n: int, rows: Rows) -> int:
+    """Move living rows to the front in place, in order; returns their number."""
+    position, normal, color, radius, weight, first, last, violations = rows
+    count = 0
+    for i in range(n):
+        if weight[i] > 0:
+            if count < i:
+                for a in range(3):
+                    position[count, a], normal[count, a], color[count, a] = position[i, a], normal[i, a], color[i, a]
+                radius[count], weight[count], first[count] = radius[i], weight[i], first[i]
+                last[count], violations[count] = last[i], violations[i]
+            count += 1
+    return count
+
+
+@jit
+def splat(
+    n: int, rows: Rows, camera: Float, R: Float, t: Float, slab: float, near: Float32, total: Float32, mass: Float32
+) -> None:
+    """Depth of the surfels as squares on the image, each a tilted plane; back faces are left out.
+
+    Two passes: `near` [H,W] gets the nearest depth, then `total` and `mass` the weighted sum of all planes within
+    `slab` behind it, because the nearest of many noisy surfels is biased towards the camera.
+    """
+    position, normal, radius, weight = rows.position, rows.normal, rows.radius, rows.weight
+    for second in range(2):
+        for i in range(n):
+            x, y, z = _moved(R, t, position, i)
+            if z <= 1e-9:
+                continue
+            left, right, top, bottom, reach = _square(camera, x, y, z, DRAWN * radius[i], near.shape)
+            if right <= left or bottom <= top:
+                continue
+            nx, ny, nz = _turned(R, normal[i, 0], normal[i, 1], normal[i, 2])
+            offset = nx * x + ny * y + nz * z
+            if offset >= 0:
+                continue
+            for v in range(top, bottom):
+                for u in range(left, right):
+                    along = nx * (u - camera[2]) / camera[0] + ny * (v - camera[3]) / camera[1] + nz
+                    depth = offset / along if along < -0.1 else z
+                    depth = min(max(depth, z - reach), z + reach)
+                    if depth <= 0:
+                        continue
+                    if second == 0:
+                        if near[v, u] == 0 or depth < near[v, u]:
+                            near[v, u] = depth
+                    elif depth <= near[v, u] + slab:
+                        total[v, u] += weight[i] * depth
+                        mass[v, u] += weight[i]
+
+
+@jit
+def _square(
+    camera: Float, x: float, y: float, z: float, side: float, shape: tuple[int, int]
+) -> tuple[int, int, int, int, float]:
+    """Columns and rows that a square of half side `side` covers, ends excluded, and how far its plane is trusted to
+    tilt from z."""
+    u, v = camera[0] * x / z + camera[2], camera[1] * y / z + camera[3]
+    ru, rv = max(side / z * camera[0], 0.5), max(side / z * camera[1], 0.5)
+    left, right = max(np.ceil(u - ru), 0.0), min(np.floor(u + ru), shape[1] - 1.0) + 1
+    top, bottom = max(np.ceil(v - rv), 0.0), min(np.floor(v + rv), shape[0] - 1.0) + 1
+    return int(left), int(right), int(top), int(bottom), 3 * ru * z / camera[0]
+
+
+@jit
+def _turned(R: Float, x: float, y: float, z: float) -> Triple:
+    return (
+        R[0, 0] * x + R[0, 1] * y + R[0, 2] * z,
+        R[1, 0] * x + R[1, 1] * y + R[1, 2] * z,
+        R[2, 0] * x + R[2, 1] * y + R[2, 2] * z,
+    )
+
+
+@jit
+def _moved(R: Float, t: Float, points: Float32, i: int) -> Triple:
+    x, y, z = _turned(R, points[i, 0], points[i, 1], points[i, 2])
+    return x + t[0], y + t[1], z + t[2]
+
+
+@jit
+def _pixel(camera: Float, x: float, y: float, z: float, shape: tuple[int, int]) -> tuple[int, int]:
+    """The pixel that a point in the camera frame falls on, (-1, -1) where there is none."""
+    if z <= 1e-9:
+        return -1, -1
+    u, v = camera[0] * x / z + camera[2] + 0.5, camera[1] * y / z + camera[3] + 0.5
+    if not (0 <= u < shape[1] and 0 <= v < shape[0]):
+        return -1, -1
+    return int(u), int(v)
+
+
+@jit
+def _average(
+    i: int, position: Float32, normal: Float32, R: Float, part: float, held: Triple, measured: Triple, along: float
+) -> None:
+    """Move a surfel its share of `along` its own normal and turn that; held, measured: normals in the camera frame."""
+    step = part * along
+    x, y, z = held
+    x, y, z = x + part * (measured[0] - x), y + part * (measured[1] - y), z + part * (measured[2] - z)
+    length = np.sqrt(x * x + y * y + z * z)
+    for a in range(3):
+        position[i, a] += step * normal[i, a]
+        normal[i, a] = (R[0, a] * x + R[1, a] * y + R[2, a] * z) / length
+
+
+@jit
+def _cover(covered: UInt8, depth: DepthImage, u: int, v: int, half: int, z: float, gate: float) -> None:
+    for vv in range(max(v - half, 0), min(v + half + 1, depth.shape[0])):
+        for uu in range(max(u - half, 0), min(u + half + 1, depth.shape[1])):
+            if abs(depth[vv, uu] - z) <= gate:
+                covered[vv, uu] = 1
+
+
+@jit
+def _cube(x: float, y: float, z: float) -> int:
+    """A key for an integer cube; 21 bits an axis, which distinguishes what one camera can see at once."""
+    low = (1 << 21) - 1
+    a, b, c = int(np.floor(x)) & low, int(np.floor(y)) & low, int(np.floor(z)) & low
+    key = (a << 42) | (b << 21) | c
+    return key
+
+
+@jit
+def _slot(key: int, seeds: Int64, stamps: Int32, tick: int) -> int:
+    """Where the key is in the hash set, or would be."""
+    mask = len(seeds) - 1
+    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
+    while stamps[slot] == tick and seeds[slot] != key:
+        slot = (slot + 1) & mask
+    return int(slot)
+
+
+@jit
+def normal_at(depth: DepthImage, u: int, v: int, base: int, camera: Float, floor: float, share: float) -> Triple:
     """Unit normal in the camera frame, towards the camera, from pixels `base` away on both sides, or on one where the
     other is missing or beyond a jump in depth of max(floor, share*z); (0, 0, 0) where there is none."""
     z = depth[v, u]
     jump = max(floor, share * z)
-    u0 = u - base if u >= base and abs(depth[v, u - base] - z) <= jump else u
-    u1 = u + base if u + base < depth.shape[1] and abs(depth[v, u + base] - z) <= jump else u
-    v0 = v - base if v >= base and abs(depth[v - base, u] - z) <= jump else v
-    v1 = v + base if v + base < depth.shape[0] and abs(depth[v + base, u] - z) <= jump else v
+    u0 = u - base if u >= base and _beside(depth[v, u - base], z, jump) else u
+    u1 = u + base if u + base < depth.shape[1] and _beside(depth[v, u + base], z, jump) else u
+    v0 = v - base if v >= base and _beside(depth[v - base, u], z, jump) else v
+    v1 = v + base if v + base < depth.shape[0] and _beside(depth[v + base, u], z, jump) else v
     if u0 == u1 or v0 == v1:
         return 0.0, 0.0, 0.0
     x, y = (u - camera[2]) / camera[0], (v - camera[3]) / camera[1]
@@ -53,249 +297,5 @@ def normal_at(
 
 
 @jit
-def gather(
-    n: int,
-    position: Float32,
-    normal: Float32,
-    color: Float32,
-    radius: Float32,
-    weight: Float32,
-    last: Int32,
-    violations: UInt8,
-    depth: DepthImage,
-    image: Image,
-    camera: Float,
-    R: Float,
-    t: Float,
-    base: int,
-    floor: float,
-    share: float,
-    unit: float,
-    cap: float,
-    frame: int,
-    patience: int,
-    stale: int,
-    light: float,
-    covered: UInt8,
-) -> int:
-    """Merge a frame into the surfels it sees; returns how many have died (weight 0).
-
-    Gate |dz| <= max(floor, share*z). A surfel moves along its own normal only; an observation weighs (unit/z)^2.
-    `covered` is set where a surfel explains the pixel.
-    """
-    height, width = depth.shape
-    dead = 0
-    for i in range(n):
-        if weight[i] < light and frame - last[i] > stale:
-            weight[i] = 0.0
-            dead += 1
-            continue
-        px, py, pz = position[i, 0], position[i, 1], position[i, 2]
-        z = R[2, 0] * px + R[2, 1] * py + R[2, 2] * pz + t[2]
-        if z <= 1e-9:
-            continue
-        x = R[0, 0] * px + R[0, 1] * py + R[0, 2] * pz + t[0]
-        y = R[1, 0] * px + R[1, 1] * py + R[1, 2] * pz + t[1]
-        fu, fv = camera[0] * x / z + camera[2] + 0.5, camera[1] * y / z + camera[3] + 0.5
-        if not (0 <= fu < width and 0 <= fv < height):
-            continue
-        u, v = int(fu), int(fv)
-        seen = depth[v, u]
-        if seen <= 0:
-            continue
-        gate = max(floor, share * z)
-        if seen < z - gate:
-            continue  # hidden
-        if seen > z + gate:
-            violations[i] += 1
-            if violations[i] >= patience:
-                weight[i] = 0.0
-                dead += 1
-            continue
-        violations[i] = 0
-        nx, ny, nz = normal_at(depth, u, v, base, camera, floor, share)
-        sx, sy, sz = normal[i, 0], normal[i, 1], normal[i, 2]
-        cx = R[0, 0] * sx + R[0, 1] * sy + R[0, 2] * sz
-        cy = R[1, 0] * sx + R[1, 1] * sy + R[1, 2] * sz
-        cz = R[2, 0] * sx + R[2, 1] * sy + R[2, 2] * sz
-        if nx * cx + ny * cy + nz * cz < FACING:
-            continue
-        w = (unit / seen) ** 2
-        part = w / (weight[i] + w)
-        step = part * (
-            cx * (seen * (u - camera[2]) / camera[0] - x)
-            + cy * (seen * (v - camera[3]) / camera[1] - y)
-            + cz * (seen - z)
-        )
-        cx, cy, cz = cx + part * (nx - cx), cy + part * (ny - cy), cz + part * (nz - cz)
-        length = np.sqrt(cx * cx + cy * cy + cz * cz)
-        for a in range(3):
-            position[i, a] += step * normal[i, a]
-            normal[i, a] = (R[0, a] * cx + R[1, a] * cy + R[2, a] * cz) / length
-            color[i, a] += part * (image[v, u, a] - color[i, a])
-        weight[i] = min(weight[i] + w, cap)
-        last[i] = frame
-        _cover(covered, depth, u, v, int(radius[i] * camera[0] / z), z, gate)
-    return dead
-
-
-@jit
-def _cover(covered: UInt8, depth: DepthImage, u: int, v: int, half: int, z: float, gate: float) -> None:
-    for vv in range(max(v - half, 0), min(v + half + 1, depth.shape[0])):
-        for uu in range(max(u - half, 0), min(u + half + 1, depth.shape[1])):
-            if abs(depth[vv, uu] - z) <= gate:
-                covered[vv, uu] = 1
-
-
-@jit
-def spawn(
-    n: int,
-    position: Float32,
-    normal: Float32,
-    color: Float32,
-    radius: Float32,
-    weight: Float32,
-    depth: DepthImage,
-    image: Image,
-    camera: Float,
-    R: Float,
-    t: Float,
-    base: int,
-    floor: float,
-    share: float,
-    unit: float,
-    cap: float,
-    spacing: float,
-    size: float,
-    covered: UInt8,
-    seeds: Int64,
-    stamps: Int32,
-    tick: int,
-) -> int:
-    """New surfels for uncovered pixels, one per cube of side `spacing`, in scan order from row n; returns their end.
-
-    R, t: T_world_cam. seeds, stamps: hash set of cubes, valid where stamps equals tick. Returns -1 when the arrays or
-    the set are too small: grow both and repeat.
-    """
-    mask = len(seeds) - 1
-    start = n
-    for v in range(depth.shape[0]):
-        for u in range(depth.shape[1]):
-            z = depth[v, u]
-            if z <= 0 or covered[v, u]:
-                continue
-            x, y = z * (u - camera[2]) / camera[0], z * (v - camera[3]) / camera[1]
-            px = R[0, 0] * x + R[0, 1] * y + R[0, 2] * z + t[0]
-            py = R[1, 0] * x + R[1, 1] * y + R[1, 2] * z + t[1]
-            pz = R[2, 0] * x + R[2, 1] * y + R[2, 2] * z + t[2]
-            key = _cube(px / spacing, py / spacing, pz / spacing)
-            slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
-            while stamps[slot] == tick and seeds[slot] != key:
-                slot = (slot + 1) & mask
-            if stamps[slot] == tick:
-                continue
-            nx, ny, nz = normal_at(depth, u, v, base, camera, floor, share)
-            if nx == 0 and ny == 0 and nz == 0:
-                continue  # another pixel of the cube may do
-            if n >= len(weight) or 2 * (n - start + 1) > len(seeds):
-                return -1
-            seeds[slot], stamps[slot] = key, tick
-            position[n, 0], position[n, 1], position[n, 2] = px, py, pz
-            for a in range(3):
-                normal[n, a] = R[a, 0] * nx + R[a, 1] * ny + R[a, 2] * nz
-                color[n, a] = image[v, u, a]
-            radius[n] = size * max(spacing, z / camera[0])
-            weight[n] = min((unit / z) ** 2, cap)
-            n += 1
-    return n
-
-
-@jit
-def _cube(x: float, y: float, z: float) -> int:
-    """A key for an integer cube; 21 bits an axis, which distinguishes what one camera can see at once."""
-    low = (1 << 21) - 1
-    a, b, c = int(np.floor(x)) & low, int(np.floor(y)) & low, int(np.floor(z)) & low
-    key = (a << 42) | (b << 21) | c
-    return key
-
-
-@jit
-def keep_living(
-    n: int,
-    position: Float32,
-    normal: Float32,
-    color: Float32,
-    radius: Float32,
-    weight: Float32,
-    first: Int32,
-    last: Int32,
-    violations: UInt8,
-) -> int:
-    """Move living rows to the front in place, in order; returns their number."""
-    count = 0
-    for i in range(n):
-        if weight[i] > 0:
-            if count < i:
-                for a in range(3):
-                    position[count, a], normal[count, a], color[count, a] = position[i, a], normal[i, a], color[i, a]
-                radius[count], weight[count], first[count] = radius[i], weight[i], first[i]
-                last[count], violations[count] = last[i], violations[i]
-            count += 1
-    return count
-
-
-@jit
-def splat(
-    n: int,
-    position: Float32,
-    normal: Float32,
-    radius: Float32,
-    weight: Float32,
-    camera: Float,
-    R: Float,
-    t: Float,
-    slab: float,
-    near: Float32,
-    total: Float32,
-    mass: Float32,
-) -> None:
-    """Depth of the surfels as squares on the image, each a tilted plane; back faces are left out.
-
-    Two passes: `near` [H,W] gets the nearest depth, then `total` and `mass` the weighted sum of all planes within
-    `slab` behind it, because the nearest of many noisy surfels is biased towards the camera.
-    """
-    height, width = near.shape
-    for second in range(2):
-        for i in range(n):
-            px, py, pz = position[i, 0], position[i, 1], position[i, 2]
-            z = R[2, 0] * px + R[2, 1] * py + R[2, 2] * pz + t[2]
-            if z <= 1e-9:
-                continue
-            x = R[0, 0] * px + R[0, 1] * py + R[0, 2] * pz + t[0]
-            y = R[1, 0] * px + R[1, 1] * py + R[1, 2] * pz + t[1]
-            u, v = camera[0] * x / z + camera[2], camera[1] * y / z + camera[3]
-            side = DRAWN * radius[i] / z
-            ru, rv = max(side * camera[0], 0.5), max(side * camera[1], 0.5)
-            if u + ru < 0 or v + rv < 0 or u - ru > width - 1 or v - rv > height - 1:
-                continue
-            sx, sy, sz = normal[i, 0], normal[i, 1], normal[i, 2]
-            nx = R[0, 0] * sx + R[0, 1] * sy + R[0, 2] * sz
-            ny = R[1, 0] * sx + R[1, 1] * sy + R[1, 2] * sz
-            nz = R[2, 0] * sx + R[2, 1] * sy + R[2, 2] * sz
-            offset = nx * x + ny * y + nz * z
-            if offset >= 0:
-                continue
-            reach = 3 * ru * z / camera[0]  # how far its plane is trusted to tilt
-            for vv in range(max(int(np.ceil(v - rv)), 0), min(int(np.floor(v + rv)), height - 1) + 1):
-                for uu in range(max(int(np.ceil(u - ru)), 0), min(int(np.floor(u + ru)), width - 1) + 1):
-                    along = nx * (uu - camera[2]) / camera[0] + ny * (vv - camera[3]) / camera[1] + nz
-                    depth = offset / along if along < -0.1 else z
-                    depth = min(max(depth, z - reach), z + reach)
-                    if depth <= 0:
-                        continue
-                    if second == 0:
-                        if near[vv, uu] == 0 or depth < near[vv, uu]:
-                            near[vv, uu] = depth
-                    elif depth <= near[vv, uu] + slab:
-                        total[vv, uu] += weight[i] * depth
-                        mass[vv, uu] += weight[i]
+def _beside(depth: float, z: float, jump: float) -> bool:
+    return depth > 0 and abs(depth - z) <= jump
