@@ -62,3 +62,12 @@ class Depth(Component):
     @abstractmethod
     def predict(self, view: View, session: Session | None) -> DepthImage:
         """[H,W] float32 in the image's own resolution; NaN where there is no prediction. Deterministic for a view."""
+
+    def predict_all(self, views: list[View], images: torch.Tensor, session: Session | None) -> torch.Tensor:
+        """`predict` for views of one size whose images [N,H,W,3] uint8 lie on a device: [N,H,W] float32 there.
+
+        Here: what `predict` gives, uploaded. Networks whose image processing runs on a device do better.
+        """
+        import torch
+
+        return torch.stack([torch.from_numpy(self.predict(view, session)) for view in views]).to(images.device)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 from recon.component import Component
 from recon.errors import ReconError
 from recon.geometry.views import Array, DepthImage, PosedDepth
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,21 @@ class Mesh:
 class Map(ABC):
     """A growing map. Not thread-safe: one owner."""
 
+    device: torch.device | None = None
+    """Where the map lies, if it takes and gives tensors; None: on the host, in NumPy arrays."""
+
     @abstractmethod
     def integrate(self, view: PosedDepth, frame: int) -> None:
         """Fuse one posed depth image; `frame` counts time steps. Pixels with depth 0 or non-finite are left out."""
+
+    def integrate_all(self, views: Sequence[PosedDepth], frame: int) -> None:
+        """Fuse the views of one time step, in their order; the result is that of one after another."""
+        for view in views:
+            self.integrate(view, frame)
+
+    def render(self, K: Array, T_world_cam: Array, width: int, height: int) -> torch.Tensor:
+        """`render_depth` as a tensor on `device`; only maps that have one."""
+        raise NotImplementedError(f"{type(self).__name__} is on the host")
 
     @abstractmethod
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:

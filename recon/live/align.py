@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,11 @@ class Align:
         return CameraAligner(camera, self, depth_type, metric, start.get("s"), start.get("t"))
 
 
+    def thinning(self, pixels: int) -> int:
+        """Every so-manieth row and column of an image of so many pixels is looked at for depth that is too far."""
+        return max(1, math.isqrt(pixels // self.pixels))
+
+
 @dataclass(frozen=True)
 class AlignResult:
     """What became of one frame. s, t: the pair in use after it, smoothed or held; None before the first accepted frame.
@@ -132,7 +137,15 @@ class CameraAligner:
             map_depth: [h,w] float32, the map rendered into the same view at any resolution, 0 = none.
         """
         found, overlap = self._fit(prediction, map_depth, frame)
-        reason = self._refusal(found, overlap, prediction)
+        return self.judge(found, overlap, lambda: self._far_share(found, prediction), frame)
+
+    def judge(self, found: Fit, overlap: float, far_share: Callable[[], float], frame: int) -> AlignResult:
+        """Judge the fit of a frame, and take it up or hold the last.
+
+        overlap: share of the image that the map covers. far_share: gives the share of the predicted depth that is not
+        positive or beyond `far` by this fit; asked last.
+        """
+        reason = self._refusal(found, overlap, far_share)
         self.frames += 1
         weight = 0.0
         if not reason:
@@ -158,34 +171,40 @@ class CameraAligner:
     def state(self) -> dict[str, Any]:
         """The state as plain data, for calibration.json."""
         return {
-            "depth_type": self.depth_type, "model": "1/z = s*d + t" if self._affine else "1/z = s/prediction",
+            "depth_type": self.depth_type, "model": "1/z = s*d + t" if self.affine else "1/z = s/prediction",
             "s": self.s, "t": self.t, "unit": "m" if self.metric else "arbitrary",
             "last_accepted_frame": self.last_accepted_frame, "frames": self.frames, "frames_accepted": self.accepted,
         }  # fmt: skip
 
     @property
-    def _affine(self) -> bool:
+    def affine(self) -> bool:
+        """Whether scale and shift of a disparity are fitted; else a scale of depth, if any."""
         return self.depth_type == "disparity"
 
     @property
-    def _fixed(self) -> bool:
+    def fixed(self) -> bool:
+        """Whether nothing is fitted: metric depth on a metric map."""
         return self.depth_type == "metric" and self.metric
+
+    @property
+    def fit_options(self) -> AlignOptions:
+        return self._fit_options
 
     def _fit(self, prediction: DepthImage, map_depth: DepthImage, frame: int) -> tuple[Fit, float]:
         # the generator depends on camera and frame alone, not on how many frames came before
         rng = np.random.default_rng([self.options.seed, zlib.crc32(self.camera.encode()), frame])
-        values, inverse, overlap = samples(prediction, map_depth, rng, self.options.pixels, positive=not self._affine)
-        if self._fixed:
+        values, inverse, overlap = samples(prediction, map_depth, rng, self.options.pixels, positive=not self.affine)
+        if self.fixed:
             return identity(values, inverse), overlap
-        if not self._affine:
+        if not self.affine:
             return fit_scale(values, inverse, self._fit_options), overlap
         prior = (self.s, self.t) if self.s is not None and self.t is not None else None
         return fit(values, inverse, prior, rng, self._fit_options), overlap
 
-    def _refusal(self, found: Fit, overlap: float, prediction: DepthImage) -> str:
+    def _refusal(self, found: Fit, overlap: float, far_share: Callable[[], float]) -> str:
         """Why the frame is not fused; empty when it is. Constant sentences, so that reports can count them."""
         gates = self.options
-        if self._fixed:
+        if self.fixed:
             return ""  # nothing was fitted: metric depth on a metric map stands on its own
         if overlap < gates.min_coverage:
             return f"the map covers less than {gates.min_coverage:g} of the image"
@@ -193,14 +212,14 @@ class CameraAligner:
             return found.reason
         if not found.inlier_5pct >= gates.min_inlier:
             return f"less than {gates.min_inlier:g} of the pixels agree with the map within 5 %"
-        if self._affine and not found.inv_depth_span >= gates.min_span:
+        if self.affine and not found.inv_depth_span >= gates.min_span:
             return f"inverse depth spans less than {gates.min_span:g} of its median"
-        if self._far_share(found, prediction) > gates.max_far:
+        if far_share() > gates.max_far:
             return f"over {gates.max_far:g} of the aligned depth is not positive or beyond {gates.far:g}"
         return ""
 
     def _far_share(self, found: Fit, prediction: DepthImage) -> float:
-        step = max(1, math.isqrt(prediction.size // self.options.pixels))
+        step = self.options.thinning(prediction.size)
         thinned = prediction[step // 2 :: step, step // 2 :: step]
         predicted = thinned[np.isfinite(thinned)]
         if not predicted.size:
@@ -210,7 +229,7 @@ class CameraAligner:
     def _take_up(self, found: Fit, overlap: float) -> float:
         """Blend the fit into the state; returns the weight that it got."""
         weight = float(np.clip((overlap / FULL_COVERAGE) ** 2, self.options.smooth_scale, 1))
-        if self.s is None or self.t is None or self._fixed:
+        if self.s is None or self.t is None or self.fixed:
             weight, self.s, self.t = 1.0, found.s, found.t
         elif overlap >= JUMP_COVERAGE and self._jump(found) > self.options.max_jump:
             weight = 1.0
@@ -226,7 +245,7 @@ class CameraAligner:
         return max(abs(ratio - 1) for ratio in ratios)
 
     def _as_disparity(self, prediction: DepthImage) -> DepthImage:
-        if self._affine:
+        if self.affine:
             return prediction
         missing = np.full(prediction.shape, np.nan, np.float32)
         return np.divide(1, prediction, out=missing, where=prediction > 0)

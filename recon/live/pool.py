@@ -5,7 +5,9 @@
             ...
 
 Every worker has a session of its own (an execution context over shared weights where the engine offers that) and, on
-CUDA, a stream of its own. At most `waiting` images wait for a worker; whoever brings more has to wait too.
+CUDA, a stream of its own. At most `waiting` jobs wait for a worker; whoever brings more has to wait too. Images that
+lie on a device already are handed in by `submit_images`, as many at once as the engine takes, and their depth stays
+there.
 """
 
 from __future__ import annotations
@@ -17,18 +19,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from recon.errors import ReconError
 from recon.geometry.views import DepthImage, Image, View
 
 if TYPE_CHECKING:
+    import torch
+
+    from recon.depth import Depth
     from recon.engines import Session
+    from recon.live.clock import Moments
 
 Predict = Callable[[View, "Session | None"], DepthImage]
+PredictAll = Callable[[list[View], "torch.Tensor", "Session | None"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,29 @@ class PoolResult:
     worker: int
 
 
+@dataclass(frozen=True)
+class ImagesResult:
+    """What became of images that lie on a device. views: how many. depth: [views,H,W] float32 on that device, None when
+    the worker failed. span: from when its stream began with them to when depth is there: call `span.wait()` before use.
+
+    error, waited_ms, worker: as in PoolResult.
+    """
+
+    views: int
+    depth: torch.Tensor | None
+    error: str
+    span: Moments
+    waited_ms: float
+    worker: int
+
+
 class DepthAnythingPool:
     """Workers that turn images into depth. One image that fails costs no other: its result says why.
 
     engine: a built engine file, or a function that opens a session for one worker (it may return None where `predict`
     needs none). predict: what a worker does with a view and its session; by default Depth Anything's own processing
-    at the size that the engine was built for. waiting: images that may wait for a worker; 0 = two per worker.
+    at the size that the engine was built for. predict_all: the same for images on a device, see `Depth.predict_all`; by
+    default what `predict` gives, uploaded. waiting: jobs that may wait for a worker; 0 = two per worker.
 
     Raises:
         ReconError: an engine cannot be opened; nothing is left running.
@@ -64,10 +91,14 @@ class DepthAnythingPool:
         workers: int = 1,
         waiting: int = 0,
         predict: Predict | None = None,
+        predict_all: PredictAll | None = None,
     ) -> None:
         if workers < 1 or waiting < 0:
             raise ReconError(f"workers={workers} waiting={waiting}: at least 1 and 0", "one worker per camera suits")
-        self._predict = predict or _depth_anything()
+        if predict is None:
+            depth = _depth_anything()
+            predict, predict_all = depth.predict, predict_all or depth.predict_all
+        self._predict, self._predict_all = predict, predict_all or partial(_uploaded, predict)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting or 2 * workers)
         self._sessions = _open_all(engine, workers)
         self._closed = False
@@ -86,14 +117,40 @@ class DepthAnythingPool:
         Raises:
             ReconError: the pool is closed.
         """
-        if self._closed:
-            raise ReconError("this depth pool is closed", "use it inside its `with` block")
-        found = view if isinstance(view, View) else View("", self.frames, view)
-        job = _Job(found, Future(), time.perf_counter())
-        self._jobs.put(job)
-        with self._lock:
-            self.most_waiting = max(self.most_waiting, self._jobs.qsize())
+        job = _Job([view if isinstance(view, View) else View("", self.frames, view)])
+        self._put(job)
         return job.future
+
+    def submit_images(self, views: list[View], images: torch.Tensor) -> list[Future[ImagesResult]]:
+        """Hand over views of one size whose images [N,H,W,3] uint8 are on a device, in what the current stream does.
+
+        One job for as many as the engine takes at once, in order; otherwise as `submit`.
+
+        Raises:
+            ReconError: the pool is closed.
+        """
+        from recon.live.clock import Moments
+
+        there = Moments(images.device)
+        there.mark()
+        jobs = [
+            _Job(views[start : start + self.batch], images[start : start + self.batch], there)
+            for start in range(0, len(views), self.batch)
+        ]
+        for job in jobs:
+            self._put(job)
+        return [job.future for job in jobs]
+
+    @property
+    def device(self) -> str | None:
+        """Where the engine runs; None where there is none."""
+        return self._sessions[0].device if self._sessions[0] is not None else None
+
+    @property
+    def batch(self) -> int:
+        """Images that the engine takes at once."""
+        session = self._sessions[0]
+        return 1 if session is None else max(1, next(iter(session.inputs.values())).shape[0])
 
     def map(self, views: Iterable[View | Image]) -> Iterator[PoolResult]:
         """Results in the order of `views`, which is read only as far ahead as there is room for."""
@@ -130,38 +187,82 @@ class DepthAnythingPool:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def _put(self, job: _Job) -> None:
+        if self._closed:
+            raise ReconError("this depth pool is closed", "use it inside its `with` block")
+        self._jobs.put(job)
+        with self._lock:
+            self.most_waiting = max(self.most_waiting, self._jobs.qsize())
+
     def _work(self, index: int, session: Session | None) -> None:
         with _own_stream(session):
             while (job := self._jobs.get()) is not None:
-                result = self._one(job, index, session)
+                result = self._one(job, index, session) if job.images is None else self._all(job, index, session)
                 with self._lock:
-                    self.frames += 1
-                    self.failures += bool(result.error)
+                    self.frames += len(job.views)
+                    self.failures += bool(result.error) * len(job.views)
                 job.future.set_result(result)
 
     def _one(self, job: _Job, index: int, session: Session | None) -> PoolResult:
         start = time.perf_counter()
-        waited = (start - job.submitted) * 1e3
-        try:
-            depth, error = self._predict(job.view, session), ""
-        except Exception as failure:  # whatever an engine throws belongs to this frame alone
-            reason = (str(failure).strip().splitlines() or [""])[0]
-            depth, error = None, f"{type(failure).__name__}: {reason}" if reason else type(failure).__name__
-        return PoolResult(depth, error, (time.perf_counter() - start) * 1e3, waited, index)
+        depth, error = _attempted(lambda: self._predict(job.views[0], session))
+        return PoolResult(depth, error, (time.perf_counter() - start) * 1e3, job.waited_ms(start), index)
+
+    def _all(self, job: _Job, index: int, session: Session | None) -> ImagesResult:
+        from recon.live.clock import Moments
+
+        images, waited = job.images, job.waited_ms(time.perf_counter())
+        assert images is not None
+        assert job.there is not None
+        job.there.wait()
+        span = Moments(images.device)
+        span.mark()
+        depth, error = _attempted(lambda: self._predict_all(job.views, images, session))
+        span.mark()
+        if images.is_cuda:  # they were allocated on the stream of whoever handed them in
+            import torch
+
+            images.record_stream(torch.cuda.current_stream(images.device))
+        return ImagesResult(len(job.views), depth, error, span, waited, index)
 
 
 @dataclass(frozen=True)
 class _Job:
-    view: View
-    future: Future[PoolResult]
-    submitted: float
+    """images, there: on a device, and the moment from which they are."""
+
+    views: list[View]
+    images: torch.Tensor | None = None
+    there: Moments | None = None
+    future: Future[Any] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+
+    def waited_ms(self, start: float) -> float:
+        return (start - self.submitted) * 1e3
+
+
+T = TypeVar("T")
+
+
+def _attempted(work: Callable[[], T]) -> tuple[T | None, str]:
+    """What `work` gives, or why it failed: whatever an engine throws belongs to these frames alone."""
+    try:
+        return work(), ""
+    except Exception as failure:
+        reason = (str(failure).strip().splitlines() or [""])[0]
+        return None, f"{type(failure).__name__}: {reason}" if reason else type(failure).__name__
+
+
+def _uploaded(predict: Predict, views: list[View], images: torch.Tensor, session: Session | None) -> torch.Tensor:
+    """What `predict` gives for each view, on the device of the images."""
+    import torch
+
+    found = [torch.from_numpy(np.ascontiguousarray(predict(view, session), np.float32)) for view in views]
+    return torch.stack(found).to(images.device)
 
 
 def _open_all(engine: str | Path | Callable[[], Session | None], workers: int) -> list[Session | None]:
     """One session per worker; when one cannot be opened, those before it are closed again."""
-    from recon.store import open_engine
-
-    opened = engine if callable(engine) else lambda: open_engine(Path(engine))
+    opened = engine if callable(engine) else partial(_open_file, Path(engine))
     sessions: list[Session | None] = []
     try:
         for _ in range(workers):
@@ -175,6 +276,12 @@ def _open_all(engine: str | Path | Callable[[], Session | None], workers: int) -
     return sessions
 
 
+def _open_file(engine: Path) -> Session:
+    from recon.store import open_engine
+
+    return open_engine(engine)
+
+
 def _own_stream(session: Session | None) -> AbstractContextManager[object]:
     """On CUDA, a stream for this worker alone: torch's own work and that of the engine go there."""
     if session is None or session.device == "cpu":
@@ -185,10 +292,10 @@ def _own_stream(session: Session | None) -> AbstractContextManager[object]:
     return torch.cuda.stream(stream(session.device))
 
 
-def _depth_anything() -> Predict:
+def _depth_anything() -> Depth:
     from recon.config import option
     from recon.depth import Depth
 
     depth = option("depth", "da2-small")  # its processing reads the size off the session, so it suits every size
     assert isinstance(depth, Depth)
-    return depth.predict
+    return depth

@@ -1,6 +1,6 @@
 """The streaming loop: depth of every camera, aligned to the map as that camera sees it, fused where it is trusted.
 
-    reader thread -> depth workers -> this thread: render the reference, align, fuse
+    reader thread -> depth workers -> this thread: render the reference, align, fuse (`recon.live.step`)
 
 The three overlap: while one batch is fused, the depth of the next is computed and the one after is read. Batches are
 finished in order, and the map has one owner, so the result does not depend on how the threads were scheduled.
@@ -8,28 +8,27 @@ finished in order, and the map has one owner, so the result does not depend on h
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import pairwise
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
-from recon.geometry.views import Array, Bootstrap, DepthImage, PosedDepth, View
-from recon.live.align import Align, AlignResult, CameraAligner
+from recon.geometry.views import Array, Bootstrap, View
+from recon.live.align import Align, CameraAligner
 from recon.live.calibration_file import require_size
-from recon.live.movers import MoverMask
+from recon.live.frame import FrameResult
 from recon.live.reader import Batch, Reader
-from recon.live.reference import Reference
+from recon.live.step import Flight, Step, step_for
 
 if TYPE_CHECKING:
     from recon.depth import Depth
     from recon.fusion import Map
-    from recon.live.pool import DepthAnythingPool, PoolResult
+    from recon.live.pool import DepthAnythingPool
     from recon.sources import Source
+
+__all__ = ["FrameResult", "StreamOptions", "Streamer"]
 
 
 @dataclass
@@ -54,29 +53,6 @@ class StreamOptions:
                 )
 
 
-@dataclass(frozen=True)
-class FrameResult:
-    """One frame of one camera after the stream dealt with it.
-
-    depth: [H,W] aligned, 0 = none; None when rejected. anchored: share of the reference that is the bootstrap's.
-    moving: share of the image that was not fused because it moves; None where that was not judged. ms: time in each
-    part; `read` and `latency` (arrival to fused) are those of the frame's batch.
-    """
-
-    view: View
-    align: AlignResult
-    depth: DepthImage | None
-    anchored: float
-    ms: dict[str, float]
-    moving: float | None = None
-
-    def row(self) -> dict[str, Any]:
-        """The frame as it stands in metrics.json."""
-        ms = {f"ms_{part}": round(value, 3) for part, value in self.ms.items()}
-        who = {"camera": self.view.camera, "frame": self.view.frame}
-        return {**who, **self.align.row(), "anchored": self.anchored, "moving": self.moving, **ms}
-
-
 @dataclass
 class Streamer:
     """Streams a source into a map: one aligner per camera; the map and the reference belong to the thread of `run`.
@@ -98,6 +74,7 @@ class Streamer:
     starts: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
     aligners: dict[str, CameraAligner] = field(init=False)
+    step: Step = field(init=False)
     batches: int = field(default=0, init=False)
     dropped_late: int = field(default=0, init=False)
     most_ahead: int = field(default=0, init=False)
@@ -109,7 +86,7 @@ class Streamer:
 
     def run(self, observe: Callable[[FrameResult], None]) -> Iterator[int]:
         """Process all batches; `observe` sees every frame result. Yields the time step after each batch."""
-        flying: deque[tuple[Batch, list[Future[PoolResult]]]] = deque()
+        flying: deque[tuple[Batch, Flight]] = deque()
         with Reader(self.source.batches, self.options.ahead) as reader:
             while not self.stop.is_set():
                 while len(flying) < self.options.ahead and (batch := reader.get(wait=not flying)) is not None:
@@ -117,8 +94,8 @@ class Streamer:
                 if not flying:
                     break
                 self.most_ahead = max(self.most_ahead, len(flying))
-                batch, futures = flying.popleft()
-                self._finish(batch, futures, observe)
+                batch, flight = flying.popleft()
+                self._finish(batch, flight, observe)
                 yield batch.step
 
     def report(self) -> dict[str, Any]:
@@ -132,7 +109,7 @@ class Streamer:
             "rebootstraps": self.rebootstraps,
         }
 
-    def _submit(self, batch: Batch) -> list[Future[PoolResult]]:
+    def _submit(self, batch: Batch) -> Flight:
         """Hand a batch to the depth workers; nothing where its turn is not this step, or where it came too late."""
         if (batch.step - 1) % self.depth.every:
             return []
@@ -140,44 +117,19 @@ class Streamer:
         if self.source.live and budget and batch.age_ms() > budget:
             self.dropped_late += len(batch.views)
             return []
-        return [self.pool.submit(view) for view in batch.views]
+        return self.step.submit(batch)
 
-    def _finish(self, batch: Batch, futures: list[Future[PoolResult]], observe: Callable[[FrameResult], None]) -> None:
+    def _finish(self, batch: Batch, flight: Flight, observe: Callable[[FrameResult], None]) -> None:
         """Align and fuse a batch in camera order."""
         self.batches += 1
-        if not futures:
+        if not flight:
             return
-        results = [
-            self._align_and_fuse(batch, view, future.result())
-            for view, future in zip(batch.views, futures, strict=True)
-        ]
+        for view in batch.views:
+            self._require_size(view)
+        results = self.step.finish(batch, flight)
         for result in results:
             observe(result)
         self._watch_drift(batch, results)
-
-    def _align_and_fuse(self, batch: Batch, view: View, predicted: PoolResult) -> FrameResult:
-        aligner, ms = self.aligners[view.camera], {"read": batch.read_ms, "wait": predicted.waited_ms}
-        self._require_size(view)
-        if predicted.depth is None:
-            failed = aligner.skip(f"no depth: {predicted.error}")
-            return FrameResult(view, failed, None, 0.0, {**ms, "depth": predicted.ms, "latency": batch.age_ms()})
-        K, pose = self._camera(view)
-        clock = [time.perf_counter()]
-        rendered, anchored = self.reference.render(view.camera, K, pose, view.size)
-        clock.append(time.perf_counter())
-        result = aligner.update(predicted.depth, rendered, view.frame)
-        depth, still, moving = None, None, None
-        if result.accepted:
-            residual = float(result.diagnostics.get("resid_p90_pct") or 0.0) / 100
-            depth = aligner.to_depth(predicted.depth)
-            still, moving = self.movers[view.camera].apply(depth, rendered, pose, residual)
-        clock.append(time.perf_counter())
-        if still is not None:
-            self.fused.integrate(PosedDepth(view.camera, view.image, still, K, pose), batch.step)
-        clock.append(time.perf_counter())
-        render, align, fuse = ((after - before) * 1e3 for before, after in pairwise(clock))
-        ms |= {"depth": predicted.ms, "render": render, "align": align, "fuse": fuse, "latency": batch.age_ms()}
-        return FrameResult(view, result, depth, anchored, ms, moving)
 
     def _require_size(self, view: View) -> None:
         """Refuse images of another size than the calibration's, which its pair does not fit."""
@@ -212,12 +164,9 @@ class Streamer:
     def _anchor_to(self, bootstrap: Bootstrap, anchor: Map) -> None:
         """Align to `anchor` from now on, with fresh aligners."""
         self.bootstrap, self.anchor = bootstrap, anchor
-        self.reference = Reference(anchor, self.fused, self.align.render_width)
         metric = bootstrap.scale.unit == "m"
         self.aligners = {
             camera: self.align.aligner(camera, self.depth.type, metric, self.starts.get(camera))
             for camera in self.source.cameras()
         }
-        self.movers = {
-            camera: MoverMask(self.align.moving_frames, self.align.moving_tolerance) for camera in self.source.cameras()
-        }
+        self.step = step_for(self.pool, self.fused, anchor, self.align, self.aligners, self._camera)

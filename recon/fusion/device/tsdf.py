@@ -29,7 +29,7 @@ class DeviceTsdfMap(Map):
 
     def __init__(self, options: Tsdf, device: str | torch.device) -> None:
         self.options = options
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.pool = BlockPool(self.device)
         self._cameras = CameraCache(self.device)
 
