@@ -275,6 +275,7 @@ def _proof(store: Store, network: Network, onnx: Artifact | None, facts: dict[st
     certificate = certify(engine, file, source, store.requested(network), asked, onnx.path if onnx else None)
     accuracy = judge(store.config, network, store.role(network), file)
     effective = {"engine": engine.settings(), "versions": engine.versions(), "verdict": certificate["verdict"]}
+    effective |= facts.get("effective", {})  # what the engine has decided for itself
     return {"certificate": certificate, "accuracy": accuracy, "effective": effective}
 
 
