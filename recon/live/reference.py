@@ -36,7 +36,7 @@ class Reference:
 
         size: (width, height) of the image that K belongs to.
         """
-        small = (self.width, max(1, round(size[1] * self.width / size[0])))
+        small = small_size(self.width, size)
         K_small = scale_intrinsics(K, size, small)
         key = K_small.tobytes() + T_world_cam.tobytes()
         if camera not in self._last or self._last[camera][0] != key:
@@ -47,3 +47,8 @@ class Reference:
             return anchored, 1.0
         filled = np.where(anchored > 0, anchored, self.live.render_depth(K_small, T_world_cam, *small))
         return filled, covered / max(float(np.mean(filled > 0)), covered, 1e-9)
+
+
+def small_size(width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the reference for images of `size` (width, height)."""
+    return width, max(1, round(size[1] * width / size[0]))

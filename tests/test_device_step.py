@@ -1,0 +1,160 @@
+"""The stream with a map on a device (torch's CPU here; CUDA with `-m gpu`) beside the stream on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recon.config import option
+from recon.depth.recorded import Recorded
+from recon.errors import ReconError
+from recon.fusion.device.tsdf import DeviceTsdfMap
+from recon.fusion.tsdf import Tsdf, TsdfMap
+from recon.geometry.views import View
+from recon.live import DepthAnythingPool
+from recon.live.align import Align
+from recon.live.device_movers import DeviceMovers
+from recon.live.movers import MoverMask
+from recon.live.stream import FrameResult, Streamer
+from recon.sources.synthetic import Synthetic
+
+DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+OPTION = Tsdf(voxel=0.05)
+ALL = Align(render_width=80)  # 4800 pixels: every fit takes all of them, so no draw matters once it has settled
+
+
+def streamed(device: str | None, align: Align, predict: Any = None, **scene: Any) -> tuple[list[FrameResult], Streamer]:
+    """A synthetic scene through recorded depth; device None: on the host."""
+    source = replace(option("source", "synthetic"), **{"width": 128, "height": 96, "steps": 3, "count": 3, **scene})
+    depth = option("depth", "recorded")
+    assert isinstance(source, Synthetic)
+    assert isinstance(depth, Recorded)
+    bootstrap = option("model", "recorded").bootstrap(source.bootstrap(), source.scale(), None)
+    maps: list[Any] = [TsdfMap(OPTION) if device is None else DeviceTsdfMap(OPTION, device) for _ in range(2)]
+    for fused in maps:
+        fused.integrate_all(bootstrap.views, 0)
+    results: list[FrameResult] = []
+    with DepthAnythingPool(lambda: None, workers=2, predict=predict or depth.predict) as pool:
+        streamer = Streamer(source, depth, pool, bootstrap, maps[0], maps[1], align)
+        for _ in streamer.run(results.append):
+            pass
+    return results, streamer
+
+
+@DEVICE
+def test_the_device_gives_what_the_host_gives(device: str) -> None:
+    """Same frames accepted, scale, depth and moving share alike, and the same surface in the map."""
+    host, on_host = streamed(None, ALL)
+    ours, on_device = streamed(device, ALL)
+    assert sum(frame.align.accepted for frame in host) >= 8
+    for one, other in zip(ours, host, strict=True):
+        assert (one.view.camera, one.view.frame) == (other.view.camera, other.view.frame)
+        assert (one.align.accepted, one.align.reason) == (other.align.accepted, other.align.reason)
+        assert one.row().keys() == other.row().keys()
+        assert one.anchored == other.anchored
+        if one.align.accepted:
+            assert one.depth is not None
+            assert other.depth is not None
+            assert one.align.s == pytest.approx(other.align.s, rel=0.01)
+            both = (one.depth > 0) & (other.depth > 0)
+            assert both.mean() > 0.98 * (other.depth > 0).mean()
+            assert np.median(np.abs(one.depth[both] / other.depth[both] - 1)) < 2e-3
+            assert one.moving == pytest.approx(other.moving, abs=0.02)  # holes in the reference count, too
+    a, b = on_host.fused.points().points, on_device.fused.points().points
+    assert len(b) == pytest.approx(len(a), rel=0.01)
+    K, pose = on_host.bootstrap.K_source["cam1"], on_host.bootstrap.T_world_cam["cam1"]
+    wanted, found = (s.fused.render_depth(K, pose, 128, 96) for s in (on_host, on_device))
+    both = (wanted > 0) & (found > 0)
+    assert both.mean() > 0.97 * (wanted > 0).mean()
+    assert np.median(np.abs(found[both] / wanted[both] - 1)) < 1e-3
+    assert on_device.report().keys() == on_host.report().keys()
+
+
+@DEVICE
+def test_a_stream_on_a_device_gives_the_same_bytes_twice(device: str) -> None:
+    (one, first), (two, second) = (streamed(device, Align(), steps=2, width=96, height=72) for _ in range(2))
+    assert [frame.align.s for frame in one] == [frame.align.s for frame in two]
+    assert first.fused.points().points.tobytes() == second.fused.points().points.tobytes()
+
+
+@DEVICE
+def test_depth_leaves_the_device_only_when_asked_for(device: str) -> None:
+    results, _ = streamed(device, Align(), steps=1, moving=0, width=96, height=72)
+    accepted = [frame for frame in results if frame.align.accepted]
+    assert accepted
+    for frame in accepted:
+        assert isinstance(frame.kept, torch.Tensor)
+        assert frame.kept.device.type == device
+        assert "depth" not in vars(frame)
+        assert frame.depth is frame.depth
+        assert frame.depth is not None
+        assert frame.depth.dtype == np.float32
+
+
+@DEVICE
+def test_a_camera_whose_depth_fails_costs_its_own_frame(device: str) -> None:
+    predict = option("depth", "recorded").predict
+
+    def sometimes(view: View, session: None) -> np.ndarray:
+        if view.camera == "cam1" and view.frame == 2:
+            raise RuntimeError("out of memory\nlong story")
+        return predict(view, session)
+
+    results, streamer = streamed(device, Align(), sometimes, steps=2, moving=0, width=96, height=72)
+    lost = [frame for frame in results if not frame.align.accepted]
+    assert [(frame.view.camera, frame.view.frame) for frame in lost] == [("cam1", 2)]
+    assert lost[0].align.reason == "no depth: RuntimeError: out of memory"
+    assert lost[0].depth is None
+    assert streamer.report()["depth_failures"] == 1
+
+
+class Elsewhere:
+    """As much of a session as is looked at before any frame."""
+
+    device = "cuda:0"
+
+    def sibling(self) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def test_depth_on_another_device_than_the_map_is_refused() -> None:
+    source, depth = option("source", "synthetic"), option("depth", "recorded")
+    fused = DeviceTsdfMap(OPTION, "cpu")
+    with DepthAnythingPool(Elsewhere, predict=depth.predict) as pool:  # type: ignore[arg-type]
+        bootstrap: Any = option("model", "recorded").bootstrap(source.bootstrap(), source.scale(), None)
+        with pytest.raises(ReconError, match=r"map is on cpu .* depth engine runs on cuda:0") as refused:
+            Streamer(source, depth, pool, bootstrap, fused, fused, Align())
+    assert "fusion.device=cpu" in refused.value.remedy
+
+
+@DEVICE
+def test_moving_things_are_judged_as_on_the_host(device: str) -> None:
+    """Two cameras over eight frames: something walks, something stays, and the second camera is turned once."""
+    rng = np.random.default_rng(0)
+    reference = rng.uniform(2, 4, (30, 40)).astype(np.float32)
+    reference[:, 30:] = 0
+    masks = [MoverMask(3, 0.04) for _ in range(2)]
+    ours = DeviceMovers(3, 0.04)
+    for k in range(8):
+        depth = np.stack([np.kron(reference, np.ones((4, 4), np.float32)) * rng.uniform(0.99, 1.01, (120, 160))] * 2)
+        depth = depth.astype(np.float32)
+        depth[:, 40:80, 10 * k : 10 * k + 30] = 1.0
+        depth[:, 10:30, 100:110] = 1.5
+        poses = [np.eye(4), np.diag([1, 1, 1, 1 + (k >= 5)]).astype(np.float64)]
+        found, shares = ours.apply(
+            ["a", "b"], torch.from_numpy(depth).to(device), torch.from_numpy(np.stack([reference] * 2)).to(device), poses,
+            torch.full((2,), 0.05, dtype=torch.float64, device=device),
+        )  # fmt: skip
+        assert shares is not None
+        for i, mask in enumerate(masks):
+            wanted, share = mask.apply(depth[i], reference, poses[i], 0.025)
+            np.testing.assert_array_equal(found[i].cpu().numpy(), wanted)
+            assert shares[i].item() == pytest.approx(np.nan if share is None else share, nan_ok=True)
+    assert shares.min() > 0
