@@ -188,8 +188,7 @@ def reconstruct_scene(
 
 def _bootstrap_map(config: Config, bootstrap: Bootstrap) -> Map:
     found = config.fusion.create()
-    for view in bootstrap.views:
-        found.integrate(view, 0)
+    found.integrate_all(bootstrap.views, 0)
     return found
 
 
@@ -217,8 +216,7 @@ def _bootstrap_again(
         log.warning("bootstrapping anew failed: the cameras no longer stand where the map has them")
         return None
     found = replace(found, scale=old.scale, depth_type=old.depth_type, in_source_frame=old.in_source_frame)
-    for view in found.views:
-        streamer.fused.integrate(view, streamer.batches)
+    streamer.fused.integrate_all(found.views, streamer.batches)
     return found, _bootstrap_map(config, found)
 
 
@@ -230,7 +228,8 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
 
     def observe(frame: FrameResult) -> None:
         keyframes.offer(frame.view)
-        viewer.frame(frame.view, frame.depth, frame.align.row())
+        if config.viewer != "none":  # depth is copied from the device only where somebody looks at it
+            viewer.frame(frame.view, frame.depth, frame.align.row())
         if board is not None and (camera := camera_of(streamer.bootstrap, frame.view)) is not None:
             board.add(frame.view, frame.depth, *camera)
         result.log.add(frame)
