@@ -176,7 +176,10 @@ def reconstruct(run: Run) -> str:
         # room for all batches in flight, so that handing one in never waits
         waiting = max(2, config.stream.ahead) * len(config.source.cameras())
         pool = stack.enter_context(
-            DepthAnythingPool(depth, workers=workers, waiting=waiting, predict=config.depth.predict)
+            DepthAnythingPool(
+                depth, workers=workers, waiting=waiting, predict=config.depth.predict,
+                predict_all=config.depth.predict_all,
+            )  # fmt: skip
         )
         found = bootstrap_artifact(store, session, pool)
         again = partial(config.model.bootstrap, scale=found[1].scale, session=session)

@@ -23,8 +23,8 @@ from recon.live.stream import FrameResult, Streamer
 from recon.sources.synthetic import Synthetic
 
 DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-OPTION = Tsdf(voxel=0.05)
-ALL = Align(render_width=80)  # 4800 pixels: every fit takes all of them, so no draw matters once it has settled
+OPTION = Tsdf(voxel=0.08)
+ALL = Align(render_width=64)  # 3072 pixels: every fit takes all of them, so no draw matters once it has settled
 
 
 def streamed(device: str | None, align: Align, predict: Any = None, **scene: Any) -> tuple[list[FrameResult], Streamer]:
@@ -76,14 +76,14 @@ def test_the_device_gives_what_the_host_gives(device: str) -> None:
 
 @DEVICE
 def test_a_stream_on_a_device_gives_the_same_bytes_twice(device: str) -> None:
-    (one, first), (two, second) = (streamed(device, Align(), steps=2, width=96, height=72) for _ in range(2))
+    (one, first), (two, second) = (streamed(device, Align(render_width=64, pixels=1000), steps=2) for _ in range(2))
     assert [frame.align.s for frame in one] == [frame.align.s for frame in two]
     assert first.fused.points().points.tobytes() == second.fused.points().points.tobytes()
 
 
 @DEVICE
 def test_depth_leaves_the_device_only_when_asked_for(device: str) -> None:
-    results, _ = streamed(device, Align(), steps=1, moving=0, width=96, height=72)
+    results, _ = streamed(device, ALL, steps=1, moving=0, width=96, height=72)
     accepted = [frame for frame in results if frame.align.accepted]
     assert accepted
     for frame in accepted:
@@ -104,7 +104,7 @@ def test_a_camera_whose_depth_fails_costs_its_own_frame(device: str) -> None:
             raise RuntimeError("out of memory\nlong story")
         return predict(view, session)
 
-    results, streamer = streamed(device, Align(), sometimes, steps=2, moving=0, width=96, height=72)
+    results, streamer = streamed(device, ALL, sometimes, steps=2, moving=0, width=96, height=72)
     lost = [frame for frame in results if not frame.align.accepted]
     assert [(frame.view.camera, frame.view.frame) for frame in lost] == [("cam1", 2)]
     assert lost[0].align.reason == "no depth: RuntimeError: out of memory"

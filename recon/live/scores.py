@@ -40,7 +40,7 @@ class DepthScores:
     def add(self, frame: FrameResult) -> None:
         """Score one frame, where it was fused and has recorded depth."""
         truth = frame.view.depth
-        if frame.depth is None or truth is None:
+        if truth is None or frame.depth is None:
             return
         mask = (frame.depth > 0) & (truth > 0)
         if mask.any():
