@@ -8,8 +8,9 @@ The quant mode takes its layers first; the precision takes what is left of the e
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from recon.network import Network
     from recon.precision import Precision
     from recon.quant import QuantMode
+
+log = logging.getLogger(__name__)
 
 EXAMPLE_SEED = 0
 
@@ -58,28 +61,58 @@ def layer_infos(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) ->
     return {path: LayerInfo(path, inner, outer, rows[path] * inner * outer) for path, (inner, outer) in sizes.items()}
 
 
-def keep_list(entries: list[str]) -> tuple[str, ...]:
+def keep_list(entries: list[str], weights: str = "") -> tuple[str, ...]:
     """Module path patterns of `quant_mode.keep`, with keep-lists (*.json, an object with a list `keep`) read in.
+
+    weights: key of a network's weights; a list that says it was made for others is left out. Empty: all are read.
 
     Raises:
         ReconError: a file is missing, is no JSON, or holds no list of patterns; an empty pattern.
     """
     patterns: list[str] = []
     for entry in entries:
-        patterns += _read_keep_list(Path(entry)) if entry.endswith(".json") else [entry]
+        found = _read_keep_list(Path(entry)) if entry.endswith(".json") else {"keep": [entry]}
+        if not weights or found.get("weights", weights) == weights:
+            patterns += found["keep"]
     if any(not pattern.strip() for pattern in patterns):
         raise ReconError("quant_mode.keep holds an empty pattern", "give module paths, e.g. [camera_head.*]")
     return tuple(dict.fromkeys(patterns))
 
 
-def assign(infos: Mapping[str, LayerInfo], mode: QuantMode, precision: Precision) -> dict[str, LayerFormat]:
+def require_own_keep_lists(entries: list[str], networks: Collection[Network]) -> None:
+    """Which layers suffer depends on the weights: a keep-list has to be made for those of one of the networks.
+
+    Raises:
+        ReconError: a list was made for other weights; or as `keep_list`.
+    """
+    known = {network.weights_key: network.name for network in networks}
+    for entry in entries:
+        if not entry.endswith(".json"):
+            continue
+        found = _read_keep_list(Path(entry))
+        if "weights" not in found:
+            log.warning("quant_mode.keep=%s: does not say for which weights it was made; it is used for all", entry)
+        elif found["weights"] not in known:
+            mine = ", ".join(f"{name} {_short(key)}" for key, name in known.items()) or "none"
+            raise ReconError(
+                f"quant_mode.keep={entry}: made for the weights {_short(found['weights'])} of"
+                f" {found.get('network', 'another network')}; the networks of this run have others: {mine}",
+                "run stages=[sensitivity] for these networks, or give the layers as patterns: quant_mode.keep=[head.*]",
+            )
+
+
+def assign(
+    infos: Mapping[str, LayerInfo], mode: QuantMode, precision: Precision, weights: str = ""
+) -> dict[str, LayerFormat]:
     """Formats of the layers that are quantised: the mode's own first, then the precision's on the rest of them.
+
+    weights: key of the network's weights, for keep-lists.
 
     Raises:
         ReconError: the mode or the precision is to quantise, and finds no layer to treat.
     """
     notes = left_out(infos, mode)
-    kept = kept_layers(infos, mode)
+    kept = kept_layers(infos, mode, weights)
     formats: dict[str, LayerFormat] = {}
     for path, info in infos.items():
         if path in kept:
@@ -95,9 +128,9 @@ def assign(infos: Mapping[str, LayerInfo], mode: QuantMode, precision: Precision
     return formats
 
 
-def kept_layers(infos: Mapping[str, LayerInfo], mode: QuantMode) -> set[str]:
-    """Layers that `keep` names."""
-    patterns = keep_list(mode.keep)
+def kept_layers(infos: Mapping[str, LayerInfo], mode: QuantMode, weights: str = "") -> set[str]:
+    """Layers that `keep` names for the network with these weights."""
+    patterns = keep_list(mode.keep, weights)
     return {path for path in infos if any(fnmatchcase(path, pattern) for pattern in patterns)}
 
 
@@ -119,7 +152,7 @@ def make_recipe(network: Network, mode: QuantMode, precision: Precision, ranges:
     module = network.load().eval()
     example = network.example(EXAMPLE_SEED)
     infos = layer_infos(module, {name: example[name] for name in network.inputs})
-    formats = assign(infos, mode, precision)
+    formats = assign(infos, mode, precision, network.weights_key)
     _require_ranges(formats, ranges)
     layers = dict(module.named_modules())
     weights: dict[str, QuantizedWeight] = {}
@@ -128,7 +161,8 @@ def make_recipe(network: Network, mode: QuantMode, precision: Precision, ranges:
         assert isinstance(layer, torch.nn.Linear)
         tool = mode if layer_format.by == "quant_mode" else precision
         weights[path] = _quantised(tool, layer.weight.detach(), infos[path], layer_format)
-    return Recipe(formats, weights, ranges, precision.rest_format, infos, _notes(infos, formats, mode))
+    notes = _notes(infos, formats, mode, kept_layers(infos, mode, network.weights_key))
+    return Recipe(formats, weights, ranges, precision.rest_format, infos, notes)
 
 
 def versions(config: Config) -> dict[str, str]:
@@ -214,7 +248,13 @@ def _found(graph: Any, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _read_keep_list(path: Path) -> list[str]:
+def _short(key: object) -> str:
+    """A weights key, hashes cut to what tells two apart."""
+    text = str(key)
+    return text[:19] if text.startswith("sha256:") else text
+
+
+def _read_keep_list(path: Path) -> dict[str, Any]:
     remedy = "stages=[sensitivity] writes one"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +265,7 @@ def _read_keep_list(path: Path) -> list[str]:
     patterns = found.get("keep") if isinstance(found, dict) else None
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ReconError(f'quant_mode.keep={path}: is no keep-list: an object with "keep": [paths] is expected', remedy)
-    return patterns
+    return dict(found)
 
 
 def _without_effect(
@@ -268,10 +308,12 @@ def _quantised(
     return found
 
 
-def _notes(infos: Mapping[str, LayerInfo], formats: Mapping[str, LayerFormat], mode: QuantMode) -> dict[str, str]:
+def _notes(
+    infos: Mapping[str, LayerInfo], formats: Mapping[str, LayerFormat], mode: QuantMode, kept: set[str]
+) -> dict[str, str]:
     """Why layers are left alone, or treated otherwise than the mode's own format says."""
     notes = dict(left_out(infos, mode))
-    notes |= {path: "quant_mode.keep" for path in kept_layers(infos, mode)}
+    notes |= dict.fromkeys(sorted(kept), "quant_mode.keep")
     whole = mode.layer_format()
     for path, layer in formats.items():
         if whole is None or layer.by != "quant_mode" or layer == whole:

@@ -47,7 +47,12 @@ class Store:
     @cached_property
     def _networks(self) -> dict[str, Network | None]:
         self._fit_depth()
-        return {"model": self._bootstrap_network(), "depth": self.config.depth.network()}
+        found = {"model": self._bootstrap_network(), "depth": self.config.depth.network()}
+        if self.config.quant_mode.keep:
+            from recon.quantise import require_own_keep_lists
+
+            require_own_keep_lists(self.config.quant_mode.keep, [one for one in found.values() if one is not None])
+        return found
 
     def _fit_depth(self) -> None:
         """Give the streaming network's input the shape of the source's images, where the configuration leaves it open.
@@ -140,7 +145,7 @@ class Store:
         from recon.quantise import keep_list, versions
 
         ranges = self.ranges_key(network, self.role(network)) if self.needs_calibration else ""
-        keep = keep_list(self.config.quant_mode.keep)
+        keep = keep_list(self.config.quant_mode.keep, network.weights_key)
         parts = [WRITER_VERSION, self.base_key(network), ranges, self.requested(network), keep, versions(self.config)]
         return content_key(parts)
 
@@ -296,7 +301,7 @@ def _asked(store: Store, network: Network) -> Asked:
     infos = _INFOS[known]
     formats = {"quant_mode": mode.layer_format(), "precision": precision.layer_format()}
     groups = {name: found for name, found in formats.items() if found is not None}
-    layers = assign(infos, mode, precision)
+    layers = assign(infos, mode, precision, network.weights_key)
     return Asked(layers, groups, infos, precision.rest_format, calibration_facts(ranges))
 
 

@@ -235,6 +235,24 @@ def test_a_mode_that_was_given_no_layer_is_absent(folder: Path) -> None:
         certified(case, case.graph)
 
 
+def test_a_precision_that_the_mode_left_no_layer_to_is_partial_and_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = written(folder, "torch-int8-dynamic", "fp8")
+    found = certified(case, case.graph)
+    assert found["share"] == 1.0
+    assert found["verdict"] == "partial"
+    idle = "fp8 w8a8, which precision asks for, is in no layer: the quant mode takes every one that is not kept, so this is the engine of precision=fp32"
+    assert found["without_effect"] == idle
+    assert idle in found["sentence"]
+    assert idle in caplog.text
+    shared = written(folder, "modelopt-nvfp4", "int8")  # takes all layers here; one with odd sizes would be left
+    assert "int8 w8a8" in certified(shared, shared.graph, engine_for("modelopt-nvfp4"))["without_effect"]
+    for mode, precision in (("torch-int8-dynamic", "fp32"), ("none", "int8")):
+        plain = written(folder, mode, precision)
+        assert certified(plain, plain.graph)["without_effect"] == ""
+
+
 def test_a_rest_that_is_not_there_is_absent(folder: Path) -> None:
     case = Case({}, Asked(rest="fp16"), folder / "base.onnx")
     with pytest.raises(ReconError, match="in fp16"):

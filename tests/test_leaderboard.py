@@ -17,6 +17,7 @@ def job(mode: str, precision: str, **row: Any) -> dict[str, Any]:
                         "verdict": row.get("verdict", "achieved"),
                         "share": row.get("share", 1.0),
                         "sentence": "all of it",
+                        "without_effect": row.get("idle", ""),
                         "requested": {"layers": {"int8 w8a8": 4}},
                         "graph": {"operands": {"fp32": 1.0}, "layers": {"a": {"bits_per_weight": 8.5}}},
                         "engine": {"computed_in": {"int8": row.get("int8", 4)}, "stored_as": {}, "kernels": {}},
@@ -55,6 +56,12 @@ def test_engines_and_refused_pairs_are_rows_of_one_table() -> None:
     assert lines[3].endswith("no kernel: none")
     assert lines[0].split()[:4] == ["quant_mode", "precision", "engine", "network"]
     assert text([]) == []
+
+
+def test_a_precision_without_effect_is_said_in_its_row() -> None:
+    idle = "int8 is in no layer: this is the engine of precision=fp32"
+    (row,) = table([job("modelopt-fp8", "int8", verdict="partial", idle=idle)])
+    assert (row["verdict"], row["reason"]) == ("partial 100%", idle)
 
 
 def test_a_run_without_engines_has_no_rows() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from recon.quant import QuantMode
 from recon.quant.bitsandbytes import BitsAndBytes
 from recon.quant.modelopt import ModelOpt
 from recon.quant.torch_dynamic import TorchDynamic
-from recon.quantise import assign, keep_list, layer_infos, make_recipe
+from recon.quantise import assign, keep_list, layer_infos, make_recipe, require_own_keep_lists
 
 SIZES = [(48, 64), (24, 96), (10, 32), (5, 9)]  # [out, in]; the last two are no multiples of 64
 
@@ -199,6 +200,26 @@ def test_keep_holds_for_mode_and_precision(tmp_path: Path) -> None:
     assert set(assign(_infos(), mode, _precision("fp32"))) == {"b.qkv"}
     assert set(assign(_infos(), mode, _precision("int8"))) == {"b.qkv"}
     assert keep_list(mode.keep) == ("a.*", "head")
+
+
+def test_a_keep_list_holds_for_its_own_weights_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Paths such as `layer.0.fc1` may be in both networks of a run; which of them suffers is a matter of the weights."""
+    mine, other = network(), replace(network(), name="other", weights_key="sha256:0123456789abcdef")
+    file, foreign = tmp_path / "keep.json", tmp_path / "foreign.json"
+    file.write_text(json.dumps({"keep": ["qkv"], "network": mine.name, "weights": mine.weights_key}))
+    foreign.write_text(json.dumps({"keep": ["qkv"], "network": "vggt-9b", "weights": "sha256:" + "f" * 64}))
+    require_own_keep_lists([str(file), "out*"], [mine, other])
+    assert keep_list([str(file), "out*"], mine.weights_key) == ("qkv", "out*")
+    assert keep_list([str(file), "out*"], other.weights_key) == ("out*",)
+    mode = TorchDynamic(name="torch-int8-dynamic", keep=[str(file)])
+    assert set(make_recipe(mine, mode, _precision("fp32"), None).layers) == {"out"}
+    assert set(make_recipe(other, mode, _precision("fp32"), None).layers) == {"qkv", "out"}
+    with pytest.raises(ReconError, match=r"made for the weights sha256:ffffffffffff of vggt-9b.*sha256:0123") as caught:
+        require_own_keep_lists([str(foreign)], [mine, other])
+    assert "stages=[sensitivity]" in str(caught.value)
+    foreign.write_text(json.dumps({"keep": ["qkv"]}))
+    require_own_keep_lists([str(foreign)], [mine])
+    assert "does not say for which weights" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Real plans of TensorRT for RTX, built on the CPU: every mode and precision, what is in them, and what is refused."""
+"""Real plans of TensorRT for RTX, built on the CPU: what is in them, and what is refused. All pairs of both twins are in
+test_tensorrt_matrix.py."""
 
 import logging
 import os
@@ -11,68 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from plans import MODES, PRECISIONS, Base, base_of, built, engine, refused_in_words, require_proof, require_tool
 from small_network import network as small
 
-from recon.config import option
 from recon.console import Phases
 from recon.engines import Build
-from recon.engines.tensorrt import TensorRT
 from recon.errors import ReconError, Refused
 from recon.export import ExportOptions, export
-from recon.formats import Inspection, LayerFormat, Ranges, Recipe
-from recon.network import Network
-from recon.observe import graph_maxima
-from recon.precision import Precision
-from recon.quant import QuantMode
-from recon.quantise import make_recipe, write
+from recon.formats import LayerFormat, Recipe
 
 pytestmark = [pytest.mark.trt]
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'recon[trt]'")
 
-MODES = (
-    "torch-int8-dynamic", "bitsandbytes-8bit", "bitsandbytes-nf4", "bitsandbytes-fp4", "modelopt-fp8", "modelopt-nvfp4",
-)  # fmt: skip
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PAIRS = [("none", precision) for precision in PRECISIONS] + [(mode, "fp16") for mode in MODES]
-STORED = {"int8": "int8", "fp8": "fp8", "nf4": "int4", "fp4": "int4", "nvfp4": "fp4"}
-ATTENTIONS = {"da2-twin": 4, "vggt-twin": 12}  # layers that the backbone's blocks have, those of the camera head aside
-Base = tuple[Network, Path, Ranges]
-
-
-def engine(**knobs: Any) -> TensorRT:
-    return TensorRT(name="tensorrt-rtx", flavour="tensorrt_rtx", **knobs)
-
-
-def base_of(name: str, folder: Path) -> Base:
-    """A twin's FP32 graph and its ranges over two examples."""
-    role = "depth" if name == "da2-twin" else "model"
-    found: Any = option(role, name)
-    network = found.network() if role == "depth" else found.network(2)
-    path = folder / f"{name}.onnx"
-    export(network, path, ExportOptions())
-    fed, inputs = [network.example(seed) for seed in (0, 1)], {}
-    module = network.load().eval()
-
-    def see(path: str, value: torch.Tensor) -> None:
-        inputs[path] = max(inputs.get(path, 0.0), float(value.abs().max()))
-
-    for at, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_pre_hook(lambda _, given, at=at: see(at, given[0]))
-    with torch.inference_mode():
-        for feeds in fed:
-            module(*feeds.values())
-    return network, path, Ranges(inputs, graph_maxima(path, fed), "max", "", 2, "examples")
 
 
 @pytest.fixture(scope="module")
 def da2(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return base_of("da2-twin", tmp_path_factory.mktemp("da2"))
-
-
-@pytest.fixture(scope="module")
-def vggt(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return base_of("vggt-twin", tmp_path_factory.mktemp("vggt"))
 
 
 @pytest.fixture(scope="module")
@@ -83,74 +40,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def options_of(mode: str, precision: str) -> tuple[QuantMode, Precision]:
-    found, other = option("quant_mode", mode), option("precision", precision)
-    assert isinstance(found, QuantMode)
-    assert isinstance(other, Precision)
-    return found, other
-
-
-def built(
-    base: Base, mode: str, precision: str, folder: Path, **knobs: Any
-) -> tuple[dict[str, Any], Inspection, Recipe]:
-    """Facts of the plan, its layers as TensorRT lists them, and the recipe."""
-    if mode.startswith("modelopt"):
-        pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed: pip install 'recon[quant]'")
-    if mode.startswith("bitsandbytes"):
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'recon[quant]'")
-    network, graph, ranges = base
-    recipe = make_recipe(network, *options_of(mode, precision), ranges)
-    onnx, out = folder / "written.onnx", folder / "plan.engine"
-    write(network, graph, recipe, onnx)
-    made = engine(**knobs)
-    facts = made.build(Build(network, onnx, lambda: recipe), out)
-    assert facts["bytes"] == out.stat().st_size > 100_000
-    return facts, made.inspect(out), recipe
-
-
 def from_file(onnx: Path, folder: Path, **knobs: Any) -> dict[str, Any]:
     return engine(**knobs).build(Build(small(), onnx, Recipe), folder / "plan.engine")
 
 
-def proven(base: Base, mode: str, precision: str, folder: Path) -> None:
-    """The plan holds the formats that were asked for, for the GPUs that have them, with attention fused."""
-    facts, seen, recipe = built(base, mode, precision, folder)
-    name = "da2-twin" if base[0].name.startswith("da2") else "vggt-twin"
-    asked, rest = options_of(mode, precision)
-    formats = [found for found in (asked.layer_format(), rest.layer_format()) if found is not None]
-    assert engine().refuses(formats, rest.rest_format) == ""
-    assert len(facts["attention"]["recognised"]) >= ATTENTIONS[name]
-    if rest.rest_format != "fp32":  # TensorRT fuses attention in 16 bits
-        assert len(facts["attention"]["kernels"]) >= ATTENTIONS[name]
-        assert {layer.compute for layer in seen.layers if "mha" in layer.name} == {rest.rest_format}
-    linear = [layer for layer in seen.layers if set(layer.modules) & set(recipe.infos)]
-    for layer_format in set(recipe.layers.values()):
-        if layer_format.exact:
-            assert STORED[layer_format.weight] in {layer.weight for layer in linear}, layer_format
-        if layer_format.activation in ("int8", "fp8", "nvfp4-dynamic"):
-            assert STORED[layer_format.weight] in {layer.compute for layer in linear}, layer_format
-    if not formats:
-        computed = [layer.compute for layer in linear]  # what 16 bits cannot hold stays FP32 in the graph
-        assert computed.count(rest.rest_format) > 0.6 * len(computed)
-        named = {module for layer in linear for module in layer.modules}
-        assert len(named) > len(recipe.infos) / 2
-
-
 @pytest.mark.parametrize(("mode", "precision"), PAIRS)
 def test_depth_anything_in_every_mode_and_precision(mode: str, precision: str, da2: Base, tmp_path: Path) -> None:
-    proven(da2, mode, precision, tmp_path)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize(("mode", "precision"), [(m, p) for m in MODES for p in PRECISIONS if p != "fp16"])
-def test_depth_anything_in_all_other_pairs(mode: str, precision: str, da2: Base, tmp_path: Path) -> None:
-    proven(da2, mode, precision, tmp_path)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize(("mode", "precision"), [(m, p) for m in ("none", *MODES) for p in PRECISIONS])
-def test_vggt_in_every_mode_and_precision(mode: str, precision: str, vggt: Base, tmp_path: Path) -> None:
-    proven(vggt, mode, precision, tmp_path)
+    require_tool(mode)
+    require_proof(built(da2, mode, precision, tmp_path), da2.name, mode, precision)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +63,8 @@ def test_vggt_in_every_mode_and_precision(mode: str, precision: str, vggt: Base,
 def test_an_unsupported_pair_is_refused_with_tensorrts_own_reason(
     mode: str, precision: str, target: str, da2: Base, tmp_path: Path
 ) -> None:
-    asked, rest = options_of(mode, precision)
-    formats = [found for found in (asked.layer_format(), rest.layer_format()) if found is not None]
-    refused = engine(compute_capability=[target]).refuses(formats, rest.rest_format)
-    assert target in refused
-    reason = refused.rpartition("(TensorRT: ")[2].rstrip(")")
-    with pytest.raises(ReconError, match="built no plan") as caught:  # what TensorRT says when it is asked all the same
-        built(da2, mode, precision, tmp_path, compute_capability=[target])
-    assert reason.rpartition(": ")[2] in str(caught.value)
-    assert "compute_capability" in str(caught.value)
+    require_tool(mode)
+    refused_in_words(da2, mode, precision, target, tmp_path)
 
 
 def test_targets_are_those_asked_for_or_those_that_have_the_types(plain: Path, tmp_path: Path) -> None:

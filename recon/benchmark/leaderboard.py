@@ -39,6 +39,7 @@ def engine_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "translation_deg": accuracy.get("translation_deg_max"),
                 "rel_l2": accuracy.get("rel_l2_max"),
                 "not_measured": accuracy.get("not_measured", ""),
+                "without_effect": certificate.get("without_effect", ""),
                 "certificate": _compact(certificate),
             }
         )
@@ -129,7 +130,8 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
         "rel L2": (row["rel_l2"], ".2e"),
     }
     shown = {name: "" if value is None else format(value, form) for name, (value, form) in numbers.items()}
-    return {"network": row["network"], "verdict": verdict, **shown, "reason": row["not_measured"]}
+    reason = "; ".join(said for said in (row["not_measured"], row.get("without_effect", "")) if said)
+    return {"network": row["network"], "verdict": verdict, **shown, "reason": reason}
 
 
 def _told(value: Any) -> str:

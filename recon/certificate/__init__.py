@@ -3,8 +3,9 @@
     python -m recon.certificate ENGINE      prints the certificate of a built engine, after checking its hashes
 
 *achieved*: the graph has what was asked for, and the engine stores and computes it so. *partial*: the graph has it and
-the engine stores or computes a part in another format; share and sentence say which. *absent*: a format that was asked
-for is in no layer: the build fails. *unverified*: the graph has it, and the plan cannot be looked into on this machine.
+the engine stores or computes a part in another format, or the quant mode left no layer to precision's; share and
+sentence say which. *absent*: a format that was asked for is in no layer: the build fails. *unverified*: the graph has it,
+and the plan cannot be looked into on this machine.
 docs/quantisation.md has the rules in full.
 """
 
@@ -72,8 +73,11 @@ def certify(
         "requested": _requested(requested, asked),
         "graph": graph.facts(asked.layers) if graph is not None else dict(source.get("graph", {})),
         "engine": _engine_facts(engine, seen, asked),
+        "without_effect": without_effect(asked),
         **judged,
     }
+    if idle := certificate["without_effect"]:
+        log.warning("%s: %s", file.name, idle)
     if judged["verdict"] == "absent":
         raise ReconError(
             f"{file.name}: {judged['sentence']}",
@@ -127,10 +131,22 @@ def _judge(asked: Asked, graph: Recount | None, seen: Inspection) -> dict[str, A
     if graph is None and (sentence := _absent_from_engine(asked, elsewhere)):
         return {"verdict": "absent", "share": 0.0, "sentence": sentence, "lacking": {}, "elsewhere": elsewhere}
     share = _share(asked, graph, {**elsewhere, **lacking})
-    whole = share >= WHOLE and not lacking and not set(elsewhere) & set(asked.layers)
+    idle = without_effect(asked)
+    whole = share >= WHOLE and not lacking and not set(elsewhere) & set(asked.layers) and not idle
     verdict: Verdict = "achieved" if whole else "partial"
-    sentence = _sentence(asked, lacking, elsewhere, share)
+    sentence = _sentence(asked, lacking, elsewhere, share) + (f"; {idle}" if idle else "")
     return {"verdict": verdict, "share": share, "sentence": sentence, "lacking": lacking, "elsewhere": elsewhere}
+
+
+def without_effect(asked: Asked) -> str:
+    """The sentence that says that precision's format is in no layer, the quant mode having taken them all; or empty."""
+    form = asked.groups.get("precision")
+    if form is None or not asked.layers or any(layer.by == "precision" for layer in asked.layers.values()):
+        return ""
+    return (
+        f"{form.label}, which precision asks for, is in no layer: the quant mode takes every one that is not kept, so"
+        f" this is the engine of precision={asked.rest}"
+    )
 
 
 def _absent(asked: Asked, lacking: Mapping[str, str], graph: Recount | None) -> str:
