@@ -279,6 +279,7 @@ def check(config: Config) -> None:
     ):
         options.check()  # type: ignore[attr-defined]
     _check_pair(config)
+    _check_devices(config)
 
 
 def _check_pair(config: Config) -> None:
@@ -300,6 +301,21 @@ def _check_pair(config: Config) -> None:
     else:
         remedy = f"engine={config.engine.name} cannot run here at all; python -m recon.doctor says what can"
     raise Refused(f"quant_mode={mode.name} precision={precision.name} engine={config.engine.name}: {reason}", remedy)
+
+
+def _check_devices(config: Config) -> None:
+    """Refuse a map on a GPU with a depth network elsewhere: every image and depth would be copied to and fro."""
+    place = str(getattr(config.fusion, "device", "cpu"))
+    if "reconstruct" not in config.stages or place == "cpu" or type(config.depth).network is Depth.network:
+        return
+    engine = config.engine
+    where = getattr(engine, "device", "") or ("cpu" if getattr(engine, "provider", "") == "cpu" else "cuda")
+    if where.partition(":")[0] != place.partition(":")[0]:
+        raise ReconError(
+            f"fusion.device={place}: the map is there, and engine={engine.name} runs the depth network on {where}",
+            f"engine.device={place} (inductor, torch), engine.provider=cuda (onnxruntime) or engine=tensorrt, or "
+            "fusion.device=cpu",
+        )
 
 
 def _refusal(engine: Engine, mode: QuantMode, precision: Precision) -> str:
