@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +111,29 @@ def _log_values(client: MlflowClient, run: str, record: Record) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(time.time() * 1000)
-    params = [Param(name, str(value)[:6000]) for name, value in record.params.items()]
-    metrics = [Metric(name, float(value), now, 0) for name, value in record.metrics.items()]
+    key = _keys([*record.params, *record.metrics, *record.series, *record.tags])
+    params = [Param(key[name], str(value)[:6000]) for name, value in record.params.items()]
+    metrics = [Metric(key[name], float(value), now, 0) for name, value in record.metrics.items()]
     for name, values in record.series.items():
-        metrics += [Metric(name, float(value), now, step) for step, value in enumerate(values)]
-    tags = [RunTag(name, value) for name, value in record.tags.items()]
+        metrics += [Metric(key[name], float(value), now, step) for step, value in enumerate(values)]
+    tags = [RunTag(key[name], value) for name, value in record.tags.items()]
     for start in range(0, len(params), 100):
         client.log_batch(run, params=params[start : start + 100])
     for start in range(0, len(metrics), BATCH):
         client.log_batch(run, metrics=metrics[start : start + BATCH])
     client.log_batch(run, tags=tags)
+
+
+def _keys(names: list[str]) -> dict[str, str]:
+    """Keys that MLflow takes, which refuses much of what names of files and cameras may hold; no two become one."""
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(names):
+        key = plain = re.sub(r"[^A-Za-z0-9_./ -]", "_", name)
+        number = 1
+        while key in taken:
+            number += 1
+            key = f"{plain}_{number}"
+        keys[name] = key
+        taken.add(key)
+    return keys

@@ -1,0 +1,23 @@
+"""The MLflow record by itself."""
+
+from pathlib import Path
+
+import pytest
+
+from recon.config import option
+from recon.tracking import Record
+
+
+def test_names_that_mlflow_refuses_are_written_all_the_same(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    tracking = option("tracking", "mlflow")
+    tracking.open("names", "run", tmp_path, {})
+    record = Record()
+    record.metrics = {"engine/da#1_ms": 1.0, "engine/da_1_ms": 2.0, "engine/da.engine": 3.0}
+    record.series = {"camera é@0/scale": [4.0, 5.0]}
+    tracking.close(record, "FINISHED")
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("names").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert sorted(run.data.metrics.values()) == [1.0, 2.0, 3.0, 5.0]
+    assert run.data.metrics["engine/da.engine"] == 3.0
