@@ -158,7 +158,9 @@ def test_depth_and_its_far_share_are_the_hosts(device: str) -> None:
     thinned = disparity[1::2, 1::2]
     wanted = np.mean(to_depth(thinned[np.isfinite(thinned)], 0.4, -0.12, 4.0) == 0)
     assert share[0].item() == pytest.approx(wanted)
-    assert ours.far_share(torch.full((1, *SHAPE), torch.nan, device=device), ours.Found(s[:1], t[:1], s), 4, 2, True) == 1
+    assert (
+        ours.far_share(torch.full((1, *SHAPE), torch.nan, device=device), ours.Found(s[:1], t[:1], s), 4, 2, True) == 1
+    )
 
 
 @DEVICE

@@ -158,3 +158,26 @@ def test_moving_things_are_judged_as_on_the_host(device: str) -> None:
             np.testing.assert_array_equal(found[i].cpu().numpy(), wanted)
             assert shares[i].item() == pytest.approx(np.nan if share is None else share, nan_ok=True)
     assert shares.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "fine"),
+    [
+        ("onnxruntime", {}, False), ("onnxruntime", {"provider": "cuda"}, True), ("torch", {}, False),
+        ("inductor", {"device": "cuda:0"}, True), ("tensorrt", {}, True),
+    ],
+)  # fmt: skip
+def test_a_configuration_with_map_and_depth_apart_is_refused(engine: str, changes: dict[str, str], fine: bool) -> None:
+    from types import SimpleNamespace
+
+    from recon.config import _check_devices
+
+    chosen = replace(option("engine", engine), **changes)
+    fusion, depth = replace(option("fusion", "tsdf"), device="cuda"), option("depth", "da-mini")
+    config: Any = SimpleNamespace(stages=["reconstruct"], fusion=fusion, depth=depth, engine=chosen)
+    if fine:
+        _check_devices(config)
+    else:
+        with pytest.raises(ReconError, match=r"fusion.device=cuda: .* on cpu"):
+            _check_devices(config)
+    _check_devices(SimpleNamespace(**vars(config) | {"depth": option("depth", "recorded")}))  # type: ignore[arg-type]

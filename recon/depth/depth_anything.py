@@ -133,7 +133,7 @@ class DepthAnything(Depth):
         _tell_of_stretching(views[0].size, (width, height))
         pixels = prepare(images, (height, width))
         whole = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
-        answers = [session.infer({"pixel_values": part})[self.output] for part in whole.split(batch)]
+        answers = [session.infer({"pixel_values": part})[self.output] for part in torch.split(whole, batch)]
         found = torch.cat(answers)[: len(pixels)].to(images.device)
         return restore(found, (images.shape[1], images.shape[2]))
 

@@ -102,10 +102,7 @@ def fit(found: Samples, prior: Tensor, draws: Draws, options: AlignOptions) -> F
     ends = _quantiles(_ascending(d, valid), found.count, (0.1, 0.9))
     best = _ransac(found, draws, options)
     starts = torch.stack([prior, torch.stack([best.s, best.t], 1)], 1)
-    s, t = _refine(
-        d[:, None], y[:, None], z[:, None], valid[:, None], starts[..., 0], starts[..., 1], options.cut_off,
-        options.rounds,
-    )  # fmt: skip
+    s, t = _refine(d, y, z, valid, starts[..., 0], starts[..., 1], options.cut_off, options.rounds)
     size = ((s[..., None] * d[:, None] + t[..., None]) * z[:, None] - 1).abs()
     share = ((size < 0.10) & valid[:, None]).sum(-1) / found.count.clamp(min=1)[:, None]
     has = torch.isfinite(prior[:, 0])
@@ -221,10 +218,10 @@ def _ransac(found: Samples, draws: Draws, options: AlignOptions) -> Found:
     kept = order.sort(dim=1).indices[:, : options.hypotheses]
     s, usable = s.gather(1, kept), usable.gather(1, kept)
     t = y1.gather(1, kept) - s * d1.gather(1, kept)
-    part = [values.gather(1, draws.scored) for values in (d, y, found.z, valid)]
-    cost = torch.where(usable, _cost(part[0], part[2], part[3], s, t, options.widths, options.behind), torch.inf)
-    s, t, real = _finalists(part[0], part[3], s, t, cost, options.finalists)
-    s, t = _refine(*(values[:, None] for values in part), s, t, options.cut_off, FINALIST_ROUNDS)  # type: ignore[misc]
+    d_some, y_some, z_some, valid_some = (values.gather(1, draws.scored) for values in (d, y, found.z, valid))
+    cost = torch.where(usable, _cost(d_some, z_some, valid_some, s, t, options.widths, options.behind), torch.inf)
+    s, t, real = _finalists(d_some, valid_some, s, t, cost, options.finalists)
+    s, t = _refine(d_some, y_some, z_some, valid_some, s, t, options.cut_off, FINALIST_ROUNDS)
     cost = torch.where(real, _cost(d, found.z, valid, s, t, options.widths[1:], options.behind), torch.inf)
     best = cost.argmin(1, keepdim=True)
     source = torch.where(usable.any(1), RANSAC, NONE)
@@ -249,7 +246,9 @@ def _finalists(
     return s.gather(1, chosen), t.gather(1, chosen), torch.cat(real, 1)
 
 
-def _cost(d: Tensor, z: Tensor, valid: Tensor, s: Tensor, t: Tensor, widths: tuple[float, ...], behind: float) -> Tensor:
+def _cost(
+    d: Tensor, z: Tensor, valid: Tensor, s: Tensor, t: Tensor, widths: tuple[float, ...], behind: float
+) -> Tensor:
     """Cost [C,M] of hypotheses s, t [C,M]; see `align._cost`. Single precision: only the ranking matters."""
     single = torch.float32
     a, z, mask = (part.to(single)[:, None] for part in (d * z, z, valid))
@@ -268,7 +267,8 @@ def _cost(d: Tensor, z: Tensor, valid: Tensor, s: Tensor, t: Tensor, widths: tup
 def _refine(
     d: Tensor, y: Tensor, z: Tensor, valid: Tensor, s: Tensor, t: Tensor, cut_off: float, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """As `align._refine` for pairs s, t [C,M] on samples [C,1,N]. A pair that has settled stays as it is."""
+    """As `align._refine` for pairs s, t [C,M] on samples [C,N]. A pair that has settled stays as it is."""
+    d, y, z, valid = d[:, None], y[:, None], z[:, None], valid[:, None]
     a, zz, first = d * z, z * z * valid, z[..., 0]
     active = torch.ones_like(s, dtype=torch.bool)
     for _ in range(rounds):
@@ -321,7 +321,9 @@ def _condition(d: Tensor, z: Tensor, near: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _between(image: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, int, int, Tensor, Tensor]:
+def _between(
+    image: tuple[int, ...], shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, int, int, Tensor, Tensor]:
     """Where the pixels of an [h,w] image fall in a larger or smaller one: see `align.at_map_pixels`."""
     (height, width), (h, w) = image, shape
     pixels = torch.arange(h * w, device=device)

@@ -85,7 +85,6 @@ class Align:
         start = start or {}
         return CameraAligner(camera, self, depth_type, metric, start.get("s"), start.get("t"))
 
-
     def thinning(self, pixels: int) -> int:
         """Every so-manieth row and column of an image of so many pixels is looked at for depth that is too far."""
         return max(1, math.isqrt(pixels // self.pixels))

@@ -76,8 +76,8 @@ class DeviceStep(Step):
     def _run(self, batch: Batch, run: Run) -> list[FrameResult]:
         parts = [future.result() for future in run.futures]
         which = _owners(parts)
-        ms = [{"read": batch.read_ms, "wait": parts[part].waited_ms} for part in which]
-        good = [i for i, part in enumerate(which) if parts[part].depth is not None]
+        ms = [{"read": batch.read_ms, "wait": parts[owner].waited_ms} for owner in which]
+        good = [i for i, owner in enumerate(which) if parts[owner].depth is not None]
         results: dict[int, FrameResult] = {}
         work = _Work(self.device)
         if good:
@@ -94,13 +94,13 @@ class DeviceStep(Step):
         for part in parts:
             part.span.synchronise()
         depth_ms = [part.span.ms()[0] for part in parts]
-        for i, part in enumerate(which):
-            ms[i] |= {"depth": depth_ms[part], **(times if i in good else {}), "latency": latency}
+        for i, owner in enumerate(which):
+            ms[i] |= {"depth": depth_ms[owner], **(times if i in good else {}), "latency": latency}
         for row, i in enumerate(good):
             results[i] = work.result(row, run.views[i], ms[i])
-        for i, part in enumerate(which):
+        for i, owner in enumerate(which):
             if i not in results:
-                failed = self.aligners[run.views[i].camera].skip(f"no depth: {parts[part].error}")
+                failed = self.aligners[run.views[i].camera].skip(f"no depth: {parts[owner].error}")
                 results[i] = FrameResult(run.views[i], failed, None, 0.0, ms[i])
         return [results[i] for i in range(len(run.views))]
 
@@ -123,9 +123,7 @@ class DeviceStep(Step):
             work.taken, work.depth = taken, dict(zip(taken, depth, strict=True))
         work.moments.mark()
         if still is not None:
-            posed = [
-                _posed(views[row], run.images[good[row]], still[i], cameras[row]) for i, row in enumerate(taken)
-            ]
+            posed = [_posed(views[row], run.images[good[row]], still[i], cameras[row]) for i, row in enumerate(taken)]
             self.fused.integrate_all(posed, batch.step)
         work.moments.mark()
 

@@ -1,4 +1,4 @@
-"""The work on one batch: from depth to the fused map. Here on the host, view by view; `recon.live.device` has the other.
+"""The work on one batch, from depth to the map: here on the host, view by view; `recon.live.device` has the other.
 
 A step is made for one anchor map and is the only one to touch the live map.
 """

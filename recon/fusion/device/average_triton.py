@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def average_kernel(
-    tsdf, weight, color, coordinates, concerned, depths, images, cameras, blocks, views, height, width, voxel, band, cap,
-    STRIDE: tl.constexpr, SIDE: tl.constexpr, STEPS: tl.constexpr,
+    tsdf, weight, color, coordinates, concerned, depths, images, cameras, blocks, views, height, width, voxel, band,
+    cap, STRIDE: tl.constexpr, SIDE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One program a block. tsdf [blocks,SIDE^3] float32, weight the same in int16 (bits of uint16), color with 3
     channels in int16 (of 1/STEPS), coordinates [blocks,3] int32; concerned [views,blocks] uint8; depths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def rigid(T: NDArray[Any], single: bool = False) -> tuple[list[list[float]], lis
     return R, t
 
 
-def turned(R: list[list[float]], x: Any, y: Any, z: Any) -> tuple[Any, Any, Any]:
+def turned(R: Sequence[Sequence[Any]], x: Any, y: Any, z: Any) -> tuple[Any, Any, Any]:
     """R applied to tensors of coordinates, each sum from left to right."""
     a, b, c = (row[0] * x + row[1] * y + row[2] * z for row in R)
     return a, b, c

@@ -42,9 +42,7 @@ def near_surface(
     return _marked(keys)
 
 
-def seen_through(
-    pool: BlockPool, depths: torch.Tensor, cameras: Cameras, block: float
-) -> torch.Tensor:
+def seen_through(pool: BlockPool, depths: torch.Tensor, cameras: Cameras, block: float) -> torch.Tensor:
     """[V,size] bool: which blocks have everything that a view measured around them more than a block behind."""
     (fx, fy, cx, cy), (R, t) = cameras.pinhole(2), cameras.extrinsics(2)
     centre = (pool.coordinates[: pool.size].to(torch.float64) + 0.5) * block
@@ -56,7 +54,7 @@ def seen_through(
         for value in (fx * x / z + cx + 0.5, fy * y / z + cy + 0.5, fx * 0.7 * block / z + 1)
     )
     nearest = z + block
-    free = ahead & (_sample(depths, u, v) > nearest)
+    free: torch.Tensor = ahead & (_sample(depths, u, v) > nearest)
     for dv in (-1, 0, 1):
         for du in (-1, 0, 1):
             seen = _sample(depths, u + du * half, v + dv * half)
