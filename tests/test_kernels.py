@@ -109,7 +109,7 @@ def test_scores_without_a_safe_bound_take_the_running_form() -> None:
         norm = (torch.ones(64), torch.zeros(64))
         return FastBlock(
             BlockWeights(
-                norm, pair["qkv"], pair["proj"], norm, pair["fc1"], (draw(64, 256), draw(64)), 1, 1e-5,
+                norm, [pair["qkv"]], pair["proj"], norm, pair["fc1"], (draw(64, 256), draw(64)), 1, 1e-5,
                 (torch.full((2, 64), factor), torch.zeros(2, 64)),
             ),
             torch.bfloat16,
@@ -127,7 +127,7 @@ def test_products_refuse_to_quantise_unseen() -> None:
 
 def test_quantised_product_is_close_and_its_norm_feeds_it() -> None:
     product = Product(draw(32, 64), draw(32, seed=1), torch.bfloat16)
-    norm = Norm(torch.ones(64), torch.zeros(64), 1e-5, product)
+    norm = Norm(torch.ones(64), torch.zeros(64), 1e-5, [product])
     x = draw(40, 64, seed=2)
     product.observing = True
     wanted = product(norm(x))

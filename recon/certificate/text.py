@@ -27,6 +27,7 @@ def lines(path: Path) -> Iterator[str]:
     yield f"verdict    {found['verdict']}: {found['sentence']}"
     yield from _requested(found["requested"])
     yield from _graph(found["graph"])
+    yield from _kernels(manifest.effective.get("kernels", {}))
     yield from _engine(found["engine"])
     yield from _layers(found)
     yield from _accuracy(manifest.facts.get("accuracy", {}))
@@ -42,7 +43,7 @@ def _requested(asked: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _graph(graph: Mapping[str, Any]) -> Iterator[str]:
-    if "products" not in graph:
+    if "file" not in graph:
         yield "graph      none: built from the torch module"
         return
     yield (
@@ -53,6 +54,12 @@ def _graph(graph: Mapping[str, Any]) -> Iterator[str]:
     if graph["by_op"]:
         yield f"           quantised by operator: {_counts(graph['by_op'])}"
     yield f"           operands by multiply-adds: {_percent(graph['operands'])}"
+
+
+def _kernels(said: Mapping[str, str]) -> Iterator[str]:
+    if said:
+        why = f": {said['reason']}" if "reason" in said else ""
+        yield f"kernels    {said['effective']}, requested {said['requested']}{why}"
 
 
 def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
@@ -68,6 +75,10 @@ def _engine(engine: Mapping[str, Any]) -> Iterator[str]:
 def _layers(found: Mapping[str, Any]) -> Iterator[str]:
     told = {module: layer for layer in found["engine"]["layers"] for module in layer.get("modules", ())}
     rows = found["graph"].get("layers", {})
+    if not rows and told:
+        yield "layers     module: in the engine"
+        for path, layer in told.items():
+            yield f"           {path}: {layer.get('weight', '-')} weights, {layer['compute']} products"
     if not rows:
         return
     yield "layers     module: in the graph -> in the engine"

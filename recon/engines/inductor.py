@@ -1,4 +1,4 @@
-"""Inductor: torch.export and an ahead-of-time compiled package; FP8 and INT8 products where hardware has them."""
+"""Inductor: the module compiled ahead of time, or recon's own kernels; FP8 and INT8 where hardware has them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import Any, ClassVar
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import Inspection, LayerFormat, RestFormat
+from recon.kernels import FORM_VERSION
 from recon.lowbit.support import device_name, refusal, require_device
+
+KERNELS = ("auto", "recon", "inductor")
 
 
 @dataclass
 class Inductor(Engine):
-    """AOTInductor package (`.pt2`) for the CPU or CUDA, built from the torch module and the recipe.
+    """Package (`.pt2`) for the CPU or CUDA, built from the torch module and the recipe: AOTInductor's, or weights for
+    recon's kernels where these know the network, the recipe and the GPU.
 
     FP8 layers are scaled matrix products, INT8 layers integer matrix products, weight-only layers are stored in 8 or 4
-    bits and dequantised in front of a product in the rest's format. Building needs a C++ compiler.
+    bits and dequantised in front of a product in the rest's format. Inductor's packages need a C++ compiler to build.
     """
 
     needs_onnx: ClassVar[bool] = False
@@ -26,6 +30,10 @@ class Inductor(Engine):
 
     device: str = "cpu"
     """cpu, cuda or cuda:N: packages run only on what they were compiled for."""
+    kernels: str = "auto"
+    """recon: the network's fast form with `recon.kernels` (compute capability 9.0; on the CPU their torch twins, for
+    tests). inductor: the plain network, compiled. auto: recon on CUDA where that carries out all that is asked for,
+    else inductor; which it was, and why, is in the manifest."""
     max_autotune: bool = False
     """Time several kernels per operator at build and keep the fastest: minutes longer."""
     cuda_graph: bool | None = None
@@ -38,17 +46,31 @@ class Inductor(Engine):
         require_device(self.device)
         if self.cuda_graph and self.device == "cpu":
             raise ReconError("engine.cuda_graph=true with engine.device=cpu", "engine.cuda_graph=null, or device=cuda")
+        if self.kernels not in KERNELS:
+            raise ReconError(f"engine.kernels={self.kernels}: not known", f"choose one of {', '.join(KERNELS)}")
+        if self.kernels == "recon" and self.max_autotune:
+            raise ReconError(
+                "engine.kernels=recon with engine.max_autotune=true: only Inductor's kernels are tuned",
+                "engine.max_autotune=false, or engine.kernels=inductor",
+            )
 
     def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
-        return refusal(formats, rest, self.device)
+        reason = refusal(formats, rest, self.device)
+        if reason or self.kernels != "recon":
+            return reason
+        from recon.engines.aoti.form import why_not_on
+        from recon.lowbit.fast import why_not_formats
+
+        return why_not_formats(formats, rest) or why_not_on(self.device)
 
     def versions(self) -> dict[str, str]:
         import torch
 
-        return {"torch": str(torch.__version__), "device": device_name(self.device)}
+        found = {"torch": str(torch.__version__), "device": device_name(self.device)}
+        return found if self.kernels == "inductor" else found | {"form": FORM_VERSION}
 
     def build(self, source: Build, out: Path) -> dict[str, Any]:
-        """Compile; then run once and see that the outputs are finite.
+        """Compile, or convert for recon's kernels; then run once and see that the outputs are finite.
 
         Raises:
             ReconError: no C++ compiler, not enough memory, an operation that cannot be compiled, or a number format
@@ -57,7 +79,7 @@ class Inductor(Engine):
         from recon.engines.aoti.compile import build, require_finite
 
         self.check()
-        facts = build(source, out, self.device, self.max_autotune)
+        facts = build(source, out, self.device, self.max_autotune, self.kernels)
         with self.load(out) as session:
             require_finite(session, source.network, facts["rest"])
         return facts

@@ -1,5 +1,8 @@
 """Kernels for inference on NVIDIA GPUs of compute capability 9.0, written in Triton, each with a plain torch twin.
 
 `ops` is what the networks call; `reference` holds the twins; `transformer` builds fast transformer blocks from them;
-`graphs` captures a module as a CUDA graph. Nothing here is imported where a network is only exported.
+`graphs` captures a module as a CUDA graph; `form` writes fast networks to files and back, and `record` notes what one
+multiplies while it runs. Nothing here is imported where a network is only exported.
 """
+
+FORM_VERSION = "form.1"  # raise when the tensors of a fast network get other names or meanings

@@ -26,7 +26,7 @@ def _exp2(x):
 
 
 @gluon.jit
-def _weights(s, top, BOUNDED: gl.constexpr):
+def _weights(s, top, score_scale, BOUNDED: gl.constexpr, SCALED: gl.constexpr):
     """Scores to weights, what sums before have to be multiplied by, the new maximum, and the weights' sums.
 
     Bounded: sums over what one thread holds of each row; there is no maximum, and the factor is not used.
@@ -36,8 +36,12 @@ def _weights(s, top, BOUNDED: gl.constexpr):
         quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
         return p, top, top, gl.sum(gl.sum(quads, 3), 1)
     else:
-        high = gl.maximum(top, gl.max(s, 1))
-        p = _exp2(s - gl.expand_dims(high, 1))
+        if SCALED:  # the factor is positive, so it may follow the maximum
+            high = gl.maximum(top, gl.max(s, 1) * score_scale)
+            p = _exp2(s * score_scale - gl.expand_dims(high, 1))
+        else:
+            high = gl.maximum(top, gl.max(s, 1))
+            p = _exp2(s - gl.expand_dims(high, 1))
         return p, _exp2(top - high), high, gl.sum(p, 1)
 
 
@@ -54,13 +58,13 @@ def _masked(s, start, tokens, BOUNDED: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _consume(
     index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
-    column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BOUNDED: gl.constexpr,
+    column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     if row + index * ROWS < tokens:
         _attend(
             index, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row, column,
-            sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+            sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
         )  # fmt: skip
     else:  # nothing to do for this group: it only hands the buffers back
         for j in range(gl.cdiv(tokens, BLOCK_N)):
@@ -74,8 +78,8 @@ def _consume(
 @gluon.jit
 def _attend(
     index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
-    column, sequence, out_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BOUNDED: gl.constexpr,
+    column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -92,7 +96,7 @@ def _attend(
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0), count=1)
-    weights, fade, top, sums = _weights(_masked(s, 0, tokens, BOUNDED, score_layout), top, BOUNDED)
+    weights, fade, top, sums = _weights(_masked(s, 0, tokens, BOUNDED, score_layout), top, score_scale, BOUNDED, SCALED)
     p = gl.convert_layout(weights.to(dtype), p_layout)
     acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
     for j in range(1, steps):
@@ -106,7 +110,7 @@ def _attend(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_free.index(slot), count=1)
         s = _masked(s, j * BLOCK_N, tokens, BOUNDED, score_layout)
-        weights, fade, top, more = _weights(s, top, BOUNDED)
+        weights, fade, top, more = _weights(s, top, score_scale, BOUNDED, SCALED)
         # The product reads its weights from registers: they have to stay until it is done.
         acc, p = warpgroup_mma_wait(0, deps=[product, p])
         mbarrier.arrive(v_free.index(last), count=1)
@@ -159,9 +163,9 @@ def _produce(
 
 @gluon.jit
 def specialised_attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, ROWS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, score_scale, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, BOUNDED: gl.constexpr,
-    HEADS: gl.constexpr,
+    SCALED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """A tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3, and num_warps 4.
 
@@ -196,15 +200,15 @@ def specialised_attention_kernel(
             [
                 (_consume, (
                     0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
                 )),
                 (_consume, (
                     1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
                 )),
                 (_consume, (
                     2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
@@ -218,11 +222,11 @@ def specialised_attention_kernel(
             [
                 (_consume, (
                     0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
                 )),
                 (_consume, (
                     1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, ROWS, BLOCK_N, STAGES, BOUNDED,
+                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,

@@ -7,7 +7,8 @@ softmax needs no running maximum and no rescaling of the accumulator (Dao et al.
 the score itself. Rows that the copy engine fills with zeros past the end of a sequence then weigh exactly 1, and are
 subtracted from the sum. *Running*: the usual running maximum, for scores without a bound.
 
-Queries come multiplied by log2(e) * softmax scale.
+Queries come multiplied by log2(e) * softmax scale; in the running form scores may be multiplied by it instead (SCALED),
+where the queries' weights are codes that must stay as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ def _exp2(x):
 
 
 @triton.jit
+def _raised(s, top, score_scale, SCALED: tl.constexpr):
+    """Scores times their factor, and the new maximum; the factor is positive, so it may follow the maximum."""
+    if SCALED:
+        return s * score_scale, tl.maximum(top, tl.max(s, 1) * score_scale)
+    else:
+        return s, tl.maximum(top, tl.max(s, 1))
+
+
+@triton.jit
 def attention_kernel(
     q_desc,
     k_desc,
@@ -34,9 +44,11 @@ def attention_kernel(
     k_column,
     v_column,
     out_scale,
+    score_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One tile of queries of one head and one sequence. q, k, v are columns of [sequences, tokens, columns]."""
@@ -65,7 +77,7 @@ def attention_kernel(
         for start in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
             k = k_desc.load([sequence, start, k_column + column]).reshape(BLOCK_N, 64)
             s = tl.dot(q, k.T)
-            high = tl.maximum(top, tl.max(s, 1))
+            s, high = _raised(s, top, score_scale, SCALED)
             p = _exp2(s - high[:, None])
             fade = tl.exp2(top - high)
             total = total * fade + tl.sum(p, 1)
@@ -78,7 +90,7 @@ def attention_kernel(
             s = tl.dot(q, k.T)
             inside = whole + tl.arange(0, BLOCK_N) < tokens
             s = tl.where(inside[None, :], s, -float("inf"))
-            high = tl.maximum(top, tl.max(s, 1))
+            s, high = _raised(s, top, score_scale, SCALED)
             p = tl.exp2(s - high[:, None])
             fade = tl.exp2(top - high)
             total = total * fade + tl.sum(p, 1)

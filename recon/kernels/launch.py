@@ -66,7 +66,7 @@ def linear(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, *, bounded: bool,
-    m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, out_scale: float = 1.0,
+    m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, out_scale: float = 1.0, score_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """q, k, v: [sequences, tokens, columns] views of the given first columns; out [sequences, tokens, heads * 64]."""
     sequences, tokens = q.shape[:2]
@@ -75,14 +75,15 @@ def attention(
         return TensorDescriptor.from_tensor(x, [1, rows, 64])
 
     attention_triton.attention_kernel[(triton.cdiv(tokens, m), heads, sequences)](
-        described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale,
-        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, STAGES=stages, num_warps=warps, num_stages=stages,
+        described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale, score_scale,
+        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, SCALED=score_scale != 1, STAGES=stages, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
 
 
 def specialised_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
-    bounded: bool, out_scale: float = 1.0,
+    bounded: bool, out_scale: float = 1.0, score_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """As `attention`, by `attention_gluon`; 16-bit operands."""
     sequences, tokens = q.shape[:2]
@@ -94,8 +95,9 @@ def specialised_attention(
     attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups) * heads, sequences)](
         described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
-        tokens, *columns, out_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages, GROUPS=tile.groups,
-        REGISTERS=tile.registers, BOUNDED=bounded, HEADS=heads, num_warps=4,
+        tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages,
+        GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded, SCALED=score_scale != 1, HEADS=heads,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -109,13 +111,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor,
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0
-) -> None:
-    """x [rows, width] FP32 += change in place; out = LayerNorm(x) in its own dtype."""
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0,
+    gain: Tensor | None = None,
+) -> None:  # fmt: skip
+    """x [rows, width] FP32 += change (* gain [width]) in place; out = LayerNorm(x) in its own dtype."""
     rows, width = x.shape
     pointwise_triton.add_layer_norm_kernel[(triton.cdiv(rows, 4),)](
-        x, change, weight, bias, out, rows, out_scale, eps, WIDTH=width, PADDED=triton.next_power_of_2(width), ROWS=4,
-        num_warps=4,
+        x, change, gain if gain is not None else bias, weight, bias, out, rows, out_scale, eps, WIDTH=width,
+        PADDED=triton.next_power_of_2(width), ROWS=4, GAIN=gain is not None, num_warps=4,
     )  # fmt: skip
 
 
@@ -147,13 +150,18 @@ def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
     pointwise_triton.gelu_kernel[(triton.cdiv(count, 4096),)](x, out, count, out_scale, BLOCK=4096, num_warps=8)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float) -> None:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float, score_scale: float = 1.0
+) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
     sequences, tokens = q.shape[:2]
     if triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128:  # else too few for the card
-        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale)
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale, score_scale)
     else:
-        attention(q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=3, out_scale=out_scale)
+        attention(
+            q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=3, out_scale=out_scale,
+            score_scale=score_scale,
+        )  # fmt: skip
 
 
 WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)

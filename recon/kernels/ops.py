@@ -1,5 +1,7 @@
 """The operations of the fast networks: a Triton kernel on CUDA, its torch twin elsewhere. No autograd.
 
+Products and attention are operators of torch (`recon::...`), so that `record.Recorder` sees them and their operands.
+
 Nothing switches silently: which kernel a CUDA tensor takes depends on its shape alone, and shapes that no kernel takes
 raise. Import of this module needs torch alone; Triton is imported at the first call on CUDA.
 """
@@ -28,13 +30,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0
-) -> Tensor:
-    """x [rows, width] FP32 += change, in place -> LayerNorm(x) * scale in dtype: one pass over the residual stream."""
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0,
+    gain: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [rows, width] FP32 += change (* gain [width]), in place -> LayerNorm(x) * scale in dtype: one pass over x."""
     if not x.is_cuda:
-        return reference.add_layer_norm(x, change, weight, bias, eps, dtype, scale)
+        return reference.add_layer_norm(x, change, weight, bias, eps, dtype, scale, gain)
     out = x.new_empty(x.shape, dtype=dtype)
-    _launch().add_layer_norm(x, change, weight, bias, eps, out, scale)
+    _launch().add_layer_norm(x, change, weight, bias, eps, out, scale, gain)
     return out
 
 
@@ -71,26 +74,33 @@ def gelu(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return out
 
 
+@torch.library.custom_op("recon::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, *, bounded: bool, scale: float = 1.0
-) -> Tensor:
-    """q, k, v [sequences, tokens, C], rows of any stride; weights 2^(q.k) / sum -> [sequences, tokens, C] in dtype.
+    q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, *, bounded: bool, scale: float = 1.0,
+    score_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """q, k, v [sequences, tokens, C], rows of any stride; weights 2^(q.k * score_scale) / sum -> [sequences, tokens, C]
+    in dtype.
 
     bounded: the caller knows that no score exceeds what the operands' type can hold as a power of two (110 in BF16,
-    14 in FP16), which saves the running maximum.
+    14 in FP16), which saves the running maximum; score_scale is 1 then.
     """
+    assert score_scale == 1 or not bounded, "normalised queries take the factor with them"
     if not q.is_cuda:
-        return reference.attention(q, k, v, heads, dtype, scale)
+        return reference.attention(q, k, v, heads, dtype, scale, score_scale)
     _require_head(q.shape[2], heads)
     out = q.new_empty(q.shape, dtype=dtype)
-    _launch().attend(q, k, v, out, heads, bounded, scale)
+    _launch().attend(q, k, v, out, heads, bounded, scale, score_scale)
     return out
 
 
+@torch.library.custom_op("recon::linear_gelu", mutates_args=())
 def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: torch.dtype, out_scale: float) -> Tensor:
     """GELU(a [M,K] x weight [N,K]^T * scale + bias) * out_scale in dtype: an 8-bit product that gives 8 bit."""
     if not a.is_cuda:
-        return reference.gelu(a.float() @ weight.float().T * scale + bias, dtype, out_scale)
+        one, factor = torch.ones(()), torch.tensor(scale)
+        product = torch._scaled_mm(a, weight.t(), one, factor, out_dtype=torch.float32)
+        return reference.gelu(product + bias, dtype, out_scale)
     out = a.new_empty(a.shape[0], weight.shape[0], dtype=dtype)
     launch = _launch()
     launch.linear(a, weight, bias, out, launch.WIDE, gelu=True, scale=scale, out_scale=out_scale)
@@ -118,6 +128,7 @@ def _(
     return _enlarged(x, height, width)
 
 
+@torch.library.custom_op("recon::few_rows", mutates_args=())
 def few_rows(
     a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
@@ -134,6 +145,7 @@ def few_rows(
     return out
 
 
+@torch.library.custom_op("recon::few_tokens_attention", mutates_args=())
 def few_tokens_attention(qkv: Tensor, heads: int) -> Tensor:
     """FP32 attention over one short sequence: qkv [rows, 3C], queries scaled -> [rows, C]; fast up to 8 rows."""
     if not qkv.is_cuda or qkv.shape[0] > FEW:

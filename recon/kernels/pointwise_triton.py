@@ -49,14 +49,18 @@ def layer_norm_kernel(
 
 @triton.jit
 def add_layer_norm_kernel(
-    x, change, weight, bias, out, rows, out_scale, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
-):
-    """x [rows, WIDTH] FP32 += change, in place; out = LayerNorm(x) * out_scale, cast."""
+    x, change, gain, weight, bias, out, rows, out_scale, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """x [rows, WIDTH] FP32 += change (GAIN: * gain [WIDTH]), in place; out = LayerNorm(x) * out_scale, cast."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, PADDED)[None, :]
     inside = (row < rows) & (column < WIDTH)
     place = row.to(tl.int64) * WIDTH + column
-    value = tl.load(x + place, inside, 0.0) + tl.load(change + place, inside, 0.0).to(tl.float32)
+    step = tl.load(change + place, inside, 0.0).to(tl.float32)
+    if GAIN:
+        step *= tl.load(gain + column, column < WIDTH, 0.0)
+    value = tl.load(x + place, inside, 0.0) + step
     tl.store(x + place, value, inside)
     mean = tl.sum(value, 1)[:, None] / WIDTH
     centred = tl.where(column < WIDTH, value - mean, 0.0)

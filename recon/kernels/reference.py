@@ -23,10 +23,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0
-) -> Tensor:
-    """x FP32 += change in place, then `layer_norm` of it."""
-    x += change
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0,
+    gain: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x FP32 += change (* gain) in place, then `layer_norm` of it."""
+    x += change if gain is None else change.float() * gain
     return layer_norm(x, weight, bias, eps, dtype, scale)
 
 
@@ -59,11 +60,13 @@ def gelu(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return cast(F.gelu(x.float()), dtype, scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """q, k, v [sequences, tokens, C]; weights are 2^(q.k) over their sum -> [sequences, tokens, C], then `cast`."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype, scale: float = 1.0, score_scale: float = 1.0
+) -> Tensor:
+    """q, k, v [sequences, tokens, C]; weights are 2^(q.k * score_scale) over their sum -> the same shape, `cast`."""
     sequences, tokens, width = q.shape
     q, k, v = (part.float().reshape(sequences, tokens, heads, -1).transpose(1, 2) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
+    out = F.scaled_dot_product_attention(q, k, v, scale=math.log(2) * score_scale)
     return cast(out.transpose(1, 2).reshape(sequences, tokens, width), dtype, scale)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import ReconError
-from recon.formats import LayerFormat, Recipe, RestFormat
+from recon.formats import Recipe, RestFormat
 from recon.lowbit.linear import lowbit_linear
 
 DTYPES: dict[RestFormat, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,14 +82,14 @@ def apply(module: nn.Module, recipe: Recipe, *, wide: Iterable[str] = (), simula
     """
     fp32 = set(wide)
     for path, asked in recipe.layers.items():
-        linear = _linear(module, path)
+        linear = linear_at(module, path)
         if path not in recipe.weights:
             raise ReconError(f"layer {path}: the recipe has no quantised weight for it", "quantise it first")
         weight, dtype = recipe.weights[path], DTYPES["fp32" if path in fp32 else recipe.rest]
         if weight.codebook is not None and not asked.exact:
             linear.weight = nn.Parameter(weight.dequantised(), requires_grad=False)
             continue
-        reach = _reach(recipe, path, asked)
+        reach = reach_of(recipe, path) if asked.calibrated else None
         module.set_submodule(path, lowbit_linear(linear, weight, dtype, reach, simulate))
     return module
 
@@ -120,7 +120,8 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(value.numel() * value.element_size() for value in [*module.parameters(), *module.buffers()])
 
 
-def _linear(module: nn.Module, path: str) -> nn.Linear:
+def linear_at(module: nn.Module, path: str) -> nn.Linear:
+    """The Linear layer at `path`. Raises ReconError where there is none."""
     try:
         found = module.get_submodule(path)
     except AttributeError:
@@ -134,13 +135,12 @@ def _linear(module: nn.Module, path: str) -> nn.Linear:
     return found
 
 
-def _reach(recipe: Recipe, path: str, asked: LayerFormat) -> float | None:
-    if not asked.calibrated:
-        return None
+def reach_of(recipe: Recipe, path: str) -> float:
+    """The calibrated range of a layer's input. Raises ReconError where there is none."""
     reach = recipe.ranges.inputs.get(path) if recipe.ranges else None
     if reach is None or not math.isfinite(reach) or reach <= 0:
         raise ReconError(
-            f"layer {path}: {asked.label} needs the range of its input, and calibration gave {reach}",
+            f"layer {path}: {recipe.layers[path].label} needs the range of its input, and calibration gave {reach}",
             "stages=[calibrate] with frames that the network was made for",
         )
     return reach

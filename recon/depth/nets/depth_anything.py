@@ -18,6 +18,7 @@ from recon.weights import seeded_state
 
 if TYPE_CHECKING:
     from recon.depth.nets.fast import FastDisparity
+    from recon.formats import Recipe
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,16 +71,22 @@ class DisparityNet(nn.Module):
         return (self.model.head(self.model.neck(taps, *self.grid), *self.grid),)
 
     def to_inference(
-        self, dtype: torch.dtype = torch.float16, *, fp8: Sequence[Tensor] = (), compile: bool = True
+        self,
+        dtype: torch.dtype = torch.float16,
+        *,
+        recipe: Recipe | None = None,
+        fp8: Sequence[Tensor] = (),
+        compile: bool = True,
     ) -> FastDisparity:
         """A second network of the same function for inference, on this one's device; see `fast` for what is low.
 
-        dtype: torch.float16 or torch.bfloat16. fp8: example inputs; with some, the products of the backbone are E4M3
-        with static scales from their ranges. compile: the dense head through torch.compile.
+        dtype: torch.float16 or torch.bfloat16. recipe: its FP8 layers are E4M3 with its codes and ranges, all others as
+        without it. fp8, instead of a recipe: example inputs; with some, all products of the backbone are E4M3 with
+        ranges seen on them. compile: the dense head through torch.compile.
         """
         from recon.depth.nets.fast import FastDisparity
 
-        network = FastDisparity(self, dtype, compile)
+        network = FastDisparity(self, dtype, compile, recipe)
         for pixel_values in fp8:
             network.calibrate(pixel_values)
         if fp8:

@@ -1,33 +1,45 @@
 """Depth Anything V2 for inference: the same function as `DisparityNet`, in 16 bit where that does no harm.
 
-FP32 stay the residual stream, every norm and softmax, all accumulation, and the last 1x1 convolution.
+FP32 stay the residual stream, every norm and softmax, all accumulation, and the last 1x1 convolution. In 16 bit, query,
+key and value are one product, and layer scales and softmax scale are folded into weights. FP8 layers of a recipe keep
+the codes that its tool chose: query, key and value are three products, and the scales are multiplied in later.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
 from recon.depth.nets.depth_anything import DisparityNet
 from recon.errors import ReconError
+from recon.formats import Recipe
 from recon.kernels import ops
+from recon.kernels.form import FastNetwork
 from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
+from recon.lowbit.apply import linear_at
+from recon.lowbit.fast import low_of, skeleton_recipe
 
 SPECIALS = 1  # the class token
 EARLY_IMAGES = 2  # up to this many, which do not fill the card, the dense head starts beside the encoder
 
 
-class FastDisparity(nn.Module):
+class FastDisparity(FastNetwork):
     """Built from a DisparityNet, on the same device; shares no memory with it.
 
-    dtype: of products, attention's operands and convolutions. compile: the dense head through torch.compile. FP8
-    products of the transformer: `calibrate` on example inputs, then `quantise`.
+    dtype: of products, attention's operands and convolutions. recipe: which layers are FP8. compile: the dense head
+    through torch.compile. FP8 without a recipe: `calibrate` on example inputs, then `quantise`.
     """
+
+    family: ClassVar[str] = "depth-anything"
+    full: ClassVar[tuple[str, ...]] = ("model.head.conv3",)
 
     kernel: Tensor
     offset: Tensor
@@ -35,17 +47,25 @@ class FastDisparity(nn.Module):
     last_weight: Tensor
     last_bias: Tensor
 
-    def __init__(self, network: DisparityNet, dtype: torch.dtype = torch.float16, compile: bool = True) -> None:
+    def __init__(
+        self,
+        network: DisparityNet,
+        dtype: torch.dtype = torch.float16,
+        compile: bool = True,
+        recipe: Recipe | None = None,
+    ) -> None:
         super().__init__()
         if dtype not in (torch.bfloat16, torch.float16):
             raise ReconError(f"fast network: dtype {dtype}", "torch.bfloat16 or torch.float16")
         backbone: Any = network.model.backbone
         self.grid, self.dtype, self.taps = network.grid, dtype, tuple(backbone.out_indices)
         self._embedding(backbone.embeddings)
-        heads = backbone.config.num_attention_heads
-        self.blocks = nn.ModuleList(FastBlock(block_weights(layer, heads), dtype) for layer in backbone.encoder.layer)
+        self.config = json.loads(network.model.config.to_json_string(use_diff=False))
+        self.fp8 = sorted(recipe.layers) if recipe is not None else []
+        paths = [f"model.backbone.encoder.layer.{i}" for i in range(len(backbone.encoder.layer))]
+        self.blocks = nn.ModuleList(FastBlock(block_weights(network, path, recipe), dtype) for path in paths)
         norm = backbone.layernorm
-        self.norm = Norm(norm.weight, norm.bias, norm.eps, None)
+        self.norm = Norm(norm.weight, norm.bias, norm.eps)
         low = {"dtype": dtype, "memory_format": torch.channels_last}
         self.neck = copy.deepcopy(network.model.neck).to(**low)  # type: ignore[arg-type]
         self.head = copy.deepcopy(network.model.head).to(**low)  # type: ignore[arg-type]
@@ -59,9 +79,7 @@ class FastDisparity(nn.Module):
         self.streams = Streams()
         self.level, self.fuse = self._level, self._fuse
         if compile:
-            allow_variants()
-            self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
-            self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
+            self.compile_dense()
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
@@ -85,6 +103,26 @@ class FastDisparity(nn.Module):
         if early:
             self.streams.join("dense")
         return (self.fuse(levels),)
+
+    def settings(self) -> dict[str, Any]:
+        """What `skeleton` takes."""
+        size, dtype = [side * self.side for side in self.grid], str(self.dtype).removeprefix("torch.")
+        return {"config": self.config, "size": size, "dtype": dtype, "fp8": self.fp8}
+
+    def compile_dense(self) -> None:
+        """From now on the dense head runs through torch.compile."""
+        allow_variants()
+        self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
+        self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
+
+    def dense_origins(self) -> dict[str, str]:
+        """Convolutions: of the patches, and of the dense head."""
+        found = {"kernel": "model.backbone.embeddings.patch_embeddings.projection", "last_weight": "model.head.conv3"}
+        for part in ("neck", "head"):
+            for name, module in self.get_submodule(part).named_modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and (part, name) != ("head", "conv3"):
+                    found[f"{part}.{name}.weight"] = f"model.{part}.{name}"
+        return found
 
     def calibrate(self, pixel_values: Tensor) -> None:
         """Note the range of every product's input over example images; may be called again with more."""
@@ -130,22 +168,41 @@ class FastDisparity(nn.Module):
         return F.relu((x * self.last_weight[:, None, None]).sum(1) + self.last_bias) * self.largest
 
 
-def block_weights(layer: Any, heads: int) -> BlockWeights:
-    """A block of the backbone with its layer scales folded and the softmax scale in the queries."""
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+def skeleton(settings: Mapping[str, Any]) -> FastDisparity:
+    """The network of `FastDisparity.settings` on the meta device."""
+    config = DepthAnythingConfig.from_dict(settings["config"])
+    with torch.device("meta"):
+        network = DisparityNet(DepthAnythingForDepthEstimation(config).eval(), *settings["size"])
+        dtype = getattr(torch, settings["dtype"])
+        rest = "bf16" if dtype == torch.bfloat16 else "fp16"
+        return FastDisparity(network, dtype, compile=False, recipe=skeleton_recipe(network, settings["fp8"], rest))
+
+
+def block_weights(network: DisparityNet, path: str, recipe: Recipe | None = None) -> BlockWeights:
+    """The backbone's block at `path`; layer scales and softmax scale folded where nothing there is FP8."""
+    layer: Any = network.get_submodule(path)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if not hasattr(layer.attention, "q_proj"):  # names of transformers before 5.20
-        names = ("attention.query", "attention.key", "attention.value", "output.dense")
-    q, k, v, o = (layer.attention.get_submodule(name) for name in names)
-    scale = (q.weight.shape[0] // heads) ** -0.5
-    first, second = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
-    fc1, fc2 = layer.mlp.fc1, layer.mlp.fc2
+        names = ["attention.query", "attention.key", "attention.value", "output.dense"]
+    places = [f"{path}.attention.{name}" for name in names] + [f"{path}.mlp.fc1", f"{path}.mlp.fc2"]
+    parts = dict(zip(("q", "k", "v", "proj", "fc1", "fc2"), places, strict=True))
+    low = {name: found for name, at in parts.items() if (found := low_of(recipe, network, at)) is not None}
+    linears = {name: linear_at(network, at) for name, at in parts.items()}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {name: (layer.weight, layer.bias) for name, layer in linears.items()}
+    heads = network.model.config.backbone_config.num_attention_heads
+    origins: dict[str, tuple[str, ...]] = {name: (at,) for name, at in parts.items()}
+    gains: list[Tensor | None] = []
+    for name, gain in (("proj", layer.layer_scale1.lambda1), ("fc2", layer.layer_scale2.lambda1)):
+        if name not in low:
+            weight, bias = pairs[name]
+            pairs[name] = (weight * gain[:, None], bias * gain)
+        gains.append(gain if name in low else None)
+    qkv = [pairs[name] for name in ("q", "k", "v")]
+    if not low.keys() & {"q", "k", "v"}:
+        qkv = [(torch.cat([pair[0] for pair in qkv]), torch.cat([pair[1] for pair in qkv]))]
+        origins["qkv"] = tuple(parts[name] for name in ("q", "k", "v"))
+    norm1, norm2 = ((norm.weight, norm.bias) for norm in (layer.norm1, layer.norm2))
     return BlockWeights(
-        (layer.norm1.weight, layer.norm1.bias),
-        (torch.cat([q.weight * scale, k.weight, v.weight]), torch.cat([q.bias * scale, k.bias, v.bias])),
-        (o.weight * first[:, None], o.bias * first),
-        (layer.norm2.weight, layer.norm2.bias),
-        (fc1.weight, fc1.bias),
-        (fc2.weight * second[:, None], fc2.bias * second),
-        heads,
-        layer.norm1.eps,
-    )
+        norm1, qkv, pairs["proj"], norm2, pairs["fc1"], pairs["fc2"], heads, layer.norm1.eps,
+        score_scale=(qkv[0][0].shape[1] // heads) ** -0.5, gains=(gains[0], gains[1]), low=low, origins=origins,
+    )  # fmt: skip

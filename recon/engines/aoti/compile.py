@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.engines import Build, Session
+from recon.engines.aoti import form
 from recon.engines.aoti.inspection import inspect
 from recon.engines.aoti.package import IDENTITY, Identity, read, trust
 from recon.engines.aoti.record import Recorder
@@ -34,15 +35,46 @@ EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside
 LOGGERS = ("torch._inductor", "torch.export", "torch._export")
 
 
-def build(source: Build, out: Path, device: str, max_autotune: bool) -> dict[str, Any]:
-    """Write the package `out` and its log `<out>.log`; facts for the manifest.
+def build(source: Build, out: Path, device: str, max_autotune: bool, kernels: str) -> dict[str, Any]:
+    """Write the package `out` and its log `<out>.log`; facts for the manifest. kernels: as the engine's knob.
 
     Raises:
-        ReconError: no C++ compiler, not enough memory, or an operation that cannot be exported or compiled.
+        ReconError: no C++ compiler, not enough memory, an operation that cannot be exported or compiled, or
+            kernels=recon where recon's kernels cannot carry out the recipe.
     """
+    reason, recipe = "", source.recipe
+    if kernels != "inductor" and not (reason := _unfit(kernels, device, max_autotune)):
+        made = recipe()
+        with build_log(out), translated(source.network, device):
+            found = form.converted(source.network.load(), source, made, device)
+            if not isinstance(found, str):
+                facts = form.write(found, source, made, out, device)
+                return _facts(out, made, []) | facts | _route(kernels, "recon", "")
+        reason, recipe = found, lambda: made
+    if kernels == "recon":
+        raise ReconError(f"engine.kernels=recon: {reason}", "engine.kernels=inductor compiles the plain network")
+    return _compile(source, recipe(), out, device, max_autotune) | _route(kernels, "inductor", reason)
+
+
+def _unfit(kernels: str, device: str, max_autotune: bool) -> str:
+    """Why recon's kernels are not tried; empty when they are."""
+    if kernels == "auto" and device == "cpu":
+        return "recon's kernels are for GPUs of compute capability 9.0"
+    if max_autotune:
+        return "engine.max_autotune=true asks for Inductor's kernels"
+    return form.why_not_on(device)
+
+
+def _route(requested: str, effective: str, reason: str) -> dict[str, Any]:
+    """What was asked for and what was done, for the manifest's effective settings."""
+    said = {"requested": requested, "effective": effective} | ({"reason": reason} if reason else {})
+    return {"effective": {"kernels": said}}
+
+
+def _compile(source: Build, recipe: Recipe, out: Path, device: str, max_autotune: bool) -> dict[str, Any]:
+    """The plain network through torch.export and Inductor."""
     require_compiler()
-    start = time.perf_counter()
-    network, recipe = source.network, source.recipe()
+    start, network = time.perf_counter(), source.network
     example = network.example(EXAMPLE_SEEDS[0])
     examples = [{name: network.example(seed)[name] for name in network.inputs} for seed in EXAMPLE_SEEDS]
     module = prepare(network.load(), recipe, examples).requires_grad_(False)
@@ -65,7 +97,8 @@ def build(source: Build, out: Path, device: str, max_autotune: bool) -> dict[str
         _packaged(files, out, identity)
     trust(out)
     times = {"export_seconds": exported - start, "build_seconds": time.perf_counter() - start}
-    return _facts(out, module, recipe) | times
+    wide = [name for name, layer in module.module.named_modules() if isinstance(layer, Wide)]  # type: ignore[union-attr,operator]
+    return _facts(out, recipe, wide) | {"weights_mib": stored_bytes(module) / 2**20} | times
 
 
 def require_compiler() -> None:
@@ -120,9 +153,9 @@ def _outputs(program: torch.export.ExportedProgram, network: Network) -> dict[st
     }
 
 
-def _facts(out: Path, module: nn.Module, recipe: Recipe) -> dict[str, Any]:
+def _facts(out: Path, recipe: Recipe, kept_fp32: list[str]) -> dict[str, Any]:
     seen, (identity, kernels) = inspect(out), read(out)
-    by_module = {layer.modules[0]: layer for layer in seen.layers if layer.modules}
+    by_module = {module: layer for layer in seen.layers for module in layer.modules}
     return {
         "layers": {path: asdict(asked) for path, asked in recipe.layers.items()},
         "infos": {path: asdict(info) for path, info in recipe.infos.items()},
@@ -134,9 +167,8 @@ def _facts(out: Path, module: nn.Module, recipe: Recipe) -> dict[str, Any]:
                 path: f"{layer.op} {layer.compute}, weight {layer.weight}" for path, layer in by_module.items()
             },
         },
-        "kept_fp32": [name for name, layer in module.module.named_modules() if isinstance(layer, Wide)],  # type: ignore[union-attr,operator]
-        "kernels": dict(Counter(name.partition(":")[0] for name in kernels)),
-        "weights_mib": stored_bytes(module) / 2**20,
+        "kept_fp32": kept_fp32,
+        "kernels": dict(Counter(name.partition(":")[0] for name in kernels or (layer.kernel for layer in seen.layers))),
         "bytes": out.stat().st_size,
         "threads": identity.threads,
     }

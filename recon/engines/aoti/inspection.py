@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from recon.engines.aoti.package import read
+from recon.engines.aoti.package import Identity, read
 from recon.formats import EngineLayer, Inspection
 
 COPIES = ("cpp_fused", "triton_poi", "triton_red", "triton_per")  # what makes operands, beside the product itself
 
 
 def inspect(path: Path) -> Inspection:
-    """Products of a package with their operands' formats after lowering.
+    """Products of a package with their operands' formats: after lowering, or as they ran when the package was made.
+
+    What a weight of recon's kernels is stored in is read from the file again.
 
     Raises:
         ReconError: the file is missing, damaged, or no package that recon built.
     """
     identity, kernels = read(path)
+    if identity.form:
+        return Inspection(tuple(_form_layers(path, identity)))
     layers = [
         EngineLayer(
             name=product["node"],
@@ -32,6 +36,23 @@ def inspect(path: Path) -> Inspection:
         for product in identity.products
     ]
     return Inspection(tuple(layers))
+
+
+def _form_layers(path: Path, identity: Identity) -> Iterator[EngineLayer]:
+    from recon.engines.aoti.form import stored
+
+    formats = stored(path)
+    for product in identity.products:
+        yield EngineLayer(
+            name=product["node"],
+            op=product["op"],
+            compute=product["compute"],
+            weight=formats.get(product["tensor"], "missing") if product["tensor"] else "",
+            modules=tuple(product["modules"]),
+            kernel=product["op"],
+            inputs=tuple(product["inputs"]),
+            outputs=(product["output"],),
+        )
 
 
 def kernel_of(node: str, kernels: Mapping[str, list[str]]) -> str:

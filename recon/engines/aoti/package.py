@@ -1,7 +1,8 @@
 """What lies in a package beside its code, and what is checked before that code is loaded.
 
-A package holds native code that runs as soon as it is loaded. So it is opened only when its hash is that of a manifest
-of ours, or when this process compiled it; and only for the PyTorch, the device and the CPU that it was compiled for.
+A package of Inductor's holds native code that runs as soon as it is loaded. So it is opened only when its hash is that
+of a manifest of ours, or when this process compiled it; and only for the PyTorch, the device and the CPU that it was
+compiled for. A package of recon's kernels (`form`) holds weights and no code; for the same machine it is as well.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from recon.artifact import file_hash, manifest_path, read_manifest, verify
 from recon.errors import Damaged, ReconError
 from recon.lowbit.support import device_name
 from recon.network import TensorSpec
 
-IDENTITY = "recon.json"
+IDENTITY = "recon.json"  # in the metadata of a package without code: without the suffix
 KERNELS = "kernel_information.json"
 _compiled_here: set[str] = set()  # hashes
 
 
 @dataclass
 class Identity:
-    """What a package was compiled for and from. products: as `record.Recorder` notes them."""
+    """What a package was compiled for and from. products: as `record.Recorder` notes them.
+
+    form: of a package of recon's kernels, what its network is rebuilt from; empty where Inductor compiled it.
+    """
 
     torch: str
     device: str
@@ -34,6 +40,7 @@ class Identity:
     threads: int = 0
     rest: str = "fp32"
     products: list[dict[str, Any]] = field(default_factory=list)
+    form: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -55,16 +62,27 @@ def read(path: Path) -> tuple[Identity, dict[str, list[str]]]:
     if not path.is_file():
         raise ReconError(f"{path}: no such file", "run stages=[build] with engine=inductor first")
     try:
+        if not zipfile.is_zipfile(path):
+            with safe_open(path, framework="pt") as file:
+                identity = Identity.from_json(file.metadata()[Path(IDENTITY).stem])
+            if not identity.form:
+                raise ValueError("code lies in packages of the other kind")
+            return identity, {}
         with zipfile.ZipFile(path) as archive:
             names = {Path(name).name: name for name in archive.namelist()}
             identity = Identity.from_json(archive.read(names[IDENTITY]).decode())
             kernels = json.loads(archive.read(names[KERNELS])) if KERNELS in names else {}
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ReconError(
             f"{path}: is no package that recon compiled, or is damaged ({type(error).__name__})",
             "delete it and run stages=[build] again",
         ) from error
     return identity, {name: list(entry["post_grad_nodes"]) for name, entry in kernels.items()}
+
+
+def metadata_of(identity: Identity) -> dict[str, str]:
+    """An identity as the metadata of a package without code."""
+    return {Path(IDENTITY).stem: identity.to_json()}
 
 
 def trust(path: Path) -> None:
@@ -73,13 +91,13 @@ def trust(path: Path) -> None:
 
 
 def require_trusted(path: Path) -> None:
-    """Raise ReconError unless the file is one of ours, unchanged."""
+    """Raise ReconError unless the file is one of ours, unchanged, or holds no code."""
     if manifest_path(path).exists():
         manifest = read_manifest(path)
         if path.name not in manifest.files:
             raise Damaged(f"{path}: its manifest is another file's")
         verify(path.parent, manifest)
-    elif not path.is_file() or file_hash(path) not in _compiled_here:
+    elif not path.is_file() or (zipfile.is_zipfile(path) and file_hash(path) not in _compiled_here):
         raise ReconError(
             f"{path}: has no manifest, and loading a package runs the native code in it",
             "build it with stages=[build]; for a file whose origin you know: engine.allow_foreign=true",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recon.engines import Session
+from recon.engines.aoti import form
 from recon.engines.aoti.package import Identity
 from recon.errors import ReconError
 from recon.lowbit.support import full_fp32
@@ -19,7 +20,9 @@ WARM_UP = 2  # runs before a capture: kernels are loaded in the first
 
 
 class InductorSession(Session):
-    """A package's code and weights. Feeds may lie on any device; outputs are new tensors on `device`.
+    """A package's code and weights, or recon's kernels and the package's weights.
+
+    Feeds may lie on any device; outputs are new tensors on `device`.
 
     With `cuda_graph` the first inference records the work and later ones replay it.
     """
@@ -32,7 +35,7 @@ class InductorSession(Session):
         self._first_run_mib: float | None = None
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
         before = self._held_mib()
-        self._model: Any = _opened(path, device, cuda_graph)
+        self._model: Any = form.opened(path, identity, device) if identity.form else _opened(path, device, cuda_graph)
         self._loaded_mib = max(path.stat().st_size / MIB if device == "cpu" else 0.0, self._held_mib() - before)
 
     def _run(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,27 +1,31 @@
 """VGGT for inference: the same function as `vggt.VGGT`, in 16 bit or FP8 where that does no harm.
 
 FP32 stay the residual stream, every norm, rotation and softmax, all accumulation, the camera head (with weights stored
-in FP16 of one scale a row) and the last 1x1 convolution with the exponentials. Low are the matrix products, the
-operands of attention and the convolutions.
+in FP16 of one scale a row; layers that a recipe makes FP8 are FP8) and the last 1x1 convolution with the exponentials.
+Low are the matrix products, the operands of attention and the convolutions.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recon.errors import ReconError
+from recon.formats import Recipe
 from recon.kernels import ops
+from recon.kernels.form import FastNetwork
 from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
+from recon.lowbit.fast import low_of, skeleton_recipe
 from recon.models.nets.aggregator import Aggregator
 from recon.models.nets.blocks import Block
+from recon.models.nets.config import VGGTConfig
 from recon.models.nets.dpt import DPTHead
 from recon.models.nets.fast_camera import FastCamera
 from recon.models.nets.vggt import HEADS, VGGT
@@ -46,20 +50,28 @@ class Policy:
             raise ReconError(f"fast network: dtype {self.dtype}", "torch.bfloat16 or torch.float16")
 
 
-class FastVGGT(nn.Module):
-    """Built from a finished VGGT, on the same device; shares no memory with it."""
+class FastVGGT(FastNetwork):
+    """Built from a finished VGGT, on the same device; shares no memory with it. recipe: which layers are FP8."""
 
-    def __init__(self, network: VGGT, policy: Policy) -> None:
+    family: ClassVar[str] = "vggt"
+    full: ClassVar[tuple[str, ...]] = (
+        "camera_head.", *(f"{HEADS[part]}.scratch.output_conv2.2" for part in ("depth", "points"))
+    )  # fmt: skip
+
+    def __init__(self, network: VGGT, policy: Policy, recipe: Recipe | None = None) -> None:
         super().__init__()
-        self.policy, self.parts = policy, network.parts
-        self.encoder = FastEncoder(network.aggregator, policy.dtype)
-        self.trunk = FastTrunk(network.aggregator, policy.dtype)
-        self.camera_head = FastCamera(network.camera_head) if "camera" in self.parts else None
+        self.policy, self.parts, self.config = policy, network.parts, network.aggregator.config
+        self.encoder = FastEncoder(network, policy.dtype, recipe)
+        self.trunk = FastTrunk(network, policy.dtype, recipe)
+        self.camera_head = FastCamera(network, recipe) if "camera" in self.parts else None
         dense = [part for part in self.parts if part in ("depth", "points")]
         self.dense = nn.ModuleDict(
-            {part: FastDense(getattr(network, HEADS[part]), policy, network.specials) for part in dense}
+            {part: FastDense(getattr(network, HEADS[part]), policy.dtype, network.specials) for part in dense}
         )
         self.streams = Streams()
+        self.fp8 = sorted(recipe.layers) if recipe is not None else []
+        if policy.compile:
+            self.compile_dense()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +106,30 @@ class FastVGGT(nn.Module):
         """All transformer blocks in the order of computation."""
         return [*self.encoder.blocks, *self.trunk.blocks]  # type: ignore[list-item]
 
+    def settings(self) -> dict[str, Any]:
+        """What `skeleton` takes."""
+        head = self.encoder
+        size = [head.rows * head.patch, head.columns * head.patch]
+        dtype = str(self.policy.dtype).removeprefix("torch.")
+        config = self.config.settings()
+        return {"config": config, "parts": list(self.parts), "size": size, "dtype": dtype, "fp8": self.fp8}
+
+    def compile_dense(self) -> None:
+        """From now on the dense heads run through torch.compile."""
+        for head in self.dense.values():
+            head.compile_parts()  # type: ignore[operator]
+
+    def dense_origins(self) -> dict[str, str]:
+        """Convolutions: of the patches, and of the dense heads."""
+        found = {"encoder.kernel": "aggregator.patch_embed.patch_embed.proj"}
+        for part, head in self.dense.items():
+            plain = HEADS[part]  # type: ignore[index]
+            found[f"dense.{part}.last_weight"] = f"{plain}.scratch.output_conv2.2"
+            for name, module in head.named_modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and name != "scratch.output_conv2.2":
+                    found[f"dense.{part}.{name}.weight"] = f"{plain}.{name}"
+        return found
+
     def calibrate(self, images: Tensor) -> None:
         """Note the range of every product's input over example images; may be called again with more."""
         observe(self.blocks(), True)
@@ -107,6 +143,18 @@ class FastVGGT(nn.Module):
                 product.quantise()
 
 
+def skeleton(settings: Mapping[str, Any]) -> FastVGGT:
+    """The network of `FastVGGT.settings` on the meta device."""
+    config = dict(settings["config"])
+    config |= {name: tuple(config[name]) for name in ("taps", "dpt_channels")}
+    with torch.device("meta"):
+        network = VGGT(VGGTConfig(**config), settings["parts"])
+        network.requires_grad_(False).eval().finish(*settings["size"])
+        policy = Policy(getattr(torch, settings["dtype"]), compile=False)
+        rest = "bf16" if policy.dtype == torch.bfloat16 else "fp16"
+        return FastVGGT(network, policy, skeleton_recipe(network, settings["fp8"], rest))
+
+
 class FastEncoder(nn.Module):
     """The patch encoder, to the trunk's first residual stream."""
 
@@ -115,8 +163,9 @@ class FastEncoder(nn.Module):
     offset: Tensor
     specials: Tensor
 
-    def __init__(self, aggregator: Aggregator, dtype: torch.dtype) -> None:
+    def __init__(self, network: VGGT, dtype: torch.dtype, recipe: Recipe | None) -> None:
         super().__init__()
+        aggregator: Aggregator = network.aggregator
         encoder = aggregator.patch_embed
         conv = encoder.patch_embed.proj
         self.patch, width = conv.kernel_size[0], conv.out_channels
@@ -126,9 +175,10 @@ class FastEncoder(nn.Module):
         self.register_buffer("lead", encoder.lead.detach().clone(), persistent=False)
         self.register_buffer("specials", aggregator.lead.detach().clone(), persistent=False)
         assert self.lead.shape[1] == self.specials.shape[1], "both token grids are the same"
-        self.blocks = nn.ModuleList(FastBlock(block_weights(block), dtype) for block in encoder.blocks)  # type: ignore[arg-type]
-        self.norm = Norm(encoder.norm.weight, encoder.norm.bias, encoder.norm.eps, None)
-        self.width = width
+        paths = [f"aggregator.patch_embed.blocks.{i}" for i in range(len(encoder.blocks))]
+        self.blocks = nn.ModuleList(FastBlock(block_weights(network, path, recipe), dtype) for path in paths)
+        self.norm = Norm(encoder.norm.weight, encoder.norm.bias, encoder.norm.eps)
+        self.width, (self.rows, self.columns) = width, network.grid
 
     def forward(self, images: Tensor) -> Tensor:
         """[S,3,H,W] -> [S, specials + P, C] FP32: patch tokens after the trunk's special tokens."""
@@ -150,11 +200,13 @@ class FastTrunk(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, aggregator: Aggregator, dtype: torch.dtype) -> None:
+    def __init__(self, network: VGGT, dtype: torch.dtype, recipe: Recipe | None) -> None:
         super().__init__()
+        aggregator: Aggregator = network.aggregator
         self.taps = aggregator.config.taps
-        pairs = zip(aggregator.frame_blocks, aggregator.global_blocks, strict=True)
-        self.blocks = nn.ModuleList(FastBlock(block_weights(b), dtype) for pair in pairs for b in pair)  # type: ignore[arg-type]
+        rounds = range(aggregator.config.trunk_depth)
+        paths = [f"aggregator.{kind}_blocks.{i}" for i in rounds for kind in ("frame", "global")]
+        self.blocks = nn.ModuleList(FastBlock(block_weights(network, path, recipe), dtype) for path in paths)
         self.register_buffer("cos", aggregator.cos[:, 0].detach().clone(), persistent=False)
         self.register_buffer("sin", aggregator.sin[:, 0].detach().clone(), persistent=False)
 
@@ -180,9 +232,8 @@ class FastDense(nn.Module):
     projects: Any
     resize_layers: Any
 
-    def __init__(self, head: DPTHead, policy: Policy, specials: int) -> None:
+    def __init__(self, head: DPTHead, dtype: torch.dtype, specials: int) -> None:
         super().__init__()
-        dtype = policy.dtype
         self.norm, self.grid, self.size, self.dtype = copy.deepcopy(head.norm), head.grid, head.size, dtype
         self.specials = specials
         self.scratch, self.projects = _low(head.scratch, dtype), _low(head.projects, dtype)
@@ -202,10 +253,11 @@ class FastDense(nn.Module):
         for name, value in tables.items():
             self.register_buffer(name, value.detach().float(), persistent=False)
         self.level, self.fuse = self._level, self._fuse
-        if policy.compile:
-            allow_variants()
-            self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
-            self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
+
+    def compile_parts(self) -> None:
+        allow_variants()
+        self.level = torch.compile(self._level, fullgraph=True, dynamic=False)
+        self.fuse = torch.compile(self._fuse, fullgraph=True, dynamic=False)
 
     def forward(self, taps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Four taps [S,P,2C] -> depth [S,H,W] or points [S,H,W,3], and the confidence [S,H,W], FP32."""
@@ -250,8 +302,10 @@ class FastDense(nn.Module):
         return points.sign() * points.abs().expm1(), 1 + dense[3].exp()
 
 
-def block_weights(block: Block) -> BlockWeights:
-    """A finished block as what the kernels take."""
+def block_weights(network: VGGT, path: str, recipe: Recipe | None = None) -> BlockWeights:
+    """The finished block at `path` as what the kernels take."""
+    block = network.get_submodule(path)
+    assert isinstance(block, Block)
     attention = block.attn
     norms = None
     if isinstance(attention.q_norm, nn.LayerNorm):
@@ -262,9 +316,12 @@ def block_weights(block: Block) -> BlockWeights:
         assert layer.bias is not None
         return layer.weight, layer.bias
 
+    places = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    origins = {name: (f"{path}.{place}",) for name, place in places.items()}
+    low = {name: found for name, (at,) in origins.items() if (found := low_of(recipe, network, at)) is not None}
     return BlockWeights(
-        pair(block.norm1), pair(attention.qkv), pair(attention.proj), pair(block.norm2), pair(block.mlp.fc1),
-        pair(block.mlp.fc2), attention.heads, block.norm1.eps, norms,
+        pair(block.norm1), [pair(attention.qkv)], pair(attention.proj), pair(block.norm2), pair(block.mlp.fc1),
+        pair(block.mlp.fc2), attention.heads, block.norm1.eps, norms, low=low, origins=origins,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from recon.models.nets.dpt import DPTHead
 from recon.weights import read_checkpoint, require_equal, seeded_state
 
 if TYPE_CHECKING:
+    from recon.formats import Recipe
     from recon.models.nets.fast import FastVGGT
 
 HEADS: dict[Part, str] = {"camera": "camera_head", "depth": "depth_head", "points": "point_head"}
@@ -66,7 +67,7 @@ class VGGT(nn.Module):
 
     def finish(self, height: int, width: int) -> None:
         """Fix the image size, both multiples of the patch, and rewrite the parameters. Once, after loading."""
-        rows, columns = height // self.patch, width // self.patch
+        rows, columns = self.grid = height // self.patch, width // self.patch
         self.aggregator.finish(rows, columns)
         if "camera" in self.parts:
             self.camera_head.finish()
@@ -74,16 +75,22 @@ class VGGT(nn.Module):
             getattr(self, HEADS[part]).finish(rows, columns)
 
     def to_inference(
-        self, dtype: torch.dtype = torch.bfloat16, *, fp8: Sequence[Tensor] = (), compile: bool = True
+        self,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        recipe: Recipe | None = None,
+        fp8: Sequence[Tensor] = (),
+        compile: bool = True,
     ) -> FastVGGT:
         """A second network of the same function for inference, on this one's device; see `fast` for what is low.
 
-        dtype: torch.bfloat16 or torch.float16. fp8: example inputs [S,3,H,W], any S; with some, the products of the
-        transformer blocks are E4M3 with static scales from their ranges. compile: dense heads through torch.compile.
+        dtype: torch.bfloat16 or torch.float16. recipe: its FP8 layers are E4M3 with its codes and ranges, all others as
+        without it. fp8, instead of a recipe: example inputs [S,3,H,W], any S; with some, all products of the
+        transformer blocks are E4M3 with ranges seen on them. compile: dense heads through torch.compile.
         """
         from recon.models.nets.fast import FastVGGT, Policy
 
-        network = FastVGGT(self, Policy(dtype, compile))
+        network = FastVGGT(self, Policy(dtype, compile), recipe)
         for images in fp8:
             network.calibrate(images)
         if fp8:

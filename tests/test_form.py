@@ -1,0 +1,364 @@
+"""engine=inductor with recon's kernels: the fast networks from recipe to package and back, on the CPU by their twins."""
+
+import copy
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_network import network as plain_network
+from torch import Tensor
+
+from recon.artifact import obtain, read_manifest
+from recon.certificate import certify
+from recon.certificate.text import lines
+from recon.depth.depth_anything import DepthAnything
+from recon.engines import Build
+from recon.engines.aoti import compile as aoti_compile
+from recon.engines.aoti import form
+from recon.engines.aoti.package import read
+from recon.engines.inductor import Inductor
+from recon.errors import ReconError
+from recon.formats import LayerFormat, QuantizedWeight, Ranges, Recipe
+from recon.kernels.form import FastNetwork, rebuild
+from recon.kernels.record import Recorder
+from recon.kernels.transformer import Product
+from recon.lowbit.apply import prepare
+from recon.lowbit.fast import low_of
+from recon.lowbit.support import refusal
+from recon.models.vggt import VGGT
+from recon.network import Network
+from recon.precision import Precision
+from recon.quant.none import NoQuant
+from recon.quantise import make_recipe
+
+FP8 = LayerFormat("fp8", "fp8", per_tensor=True, by="precision")
+KEPT = {"vggt": ["camera_head.*", "aggregator.frame_blocks.1.*"], "depth": ["*layer.1.attention.q_proj"]}
+
+
+@cache
+def vggt() -> Network:
+    return shared(VGGT(name="vggt-twin", preset="vggt-twin", weights="seeded:0", height=56, width=84).network(3))
+
+
+@cache
+def depth() -> Network:
+    twin = DepthAnything(name="da2-twin", architecture="twin", weights="seeded:0", input_size=84, image_size=[3, 2])
+    return shared(twin.network())
+
+
+def shared(of: Network) -> Network:
+    """With weights made once: to convert a network leaves it as it is."""
+    return replace(of, load=cache(of.load))
+
+
+NETWORKS = {"vggt": vggt, "depth": depth}
+
+
+def engine(**settings: Any) -> Inductor:
+    return Inductor(name="inductor", **({"kernels": "recon"} | settings))
+
+
+def recipe(of: Network, precision: str, rest: str = "bf16", keep: list[str] | None = None) -> Recipe:
+    module, seen, hooks = of.load(), dict[str, float](), []
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            note = lambda _, args, n=name: seen.update({n: max(seen.get(n, 0.0), float(args[0].abs().amax()))})  # noqa: E731
+            hooks.append(layer.register_forward_pre_hook(note))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        for seed in (10, 11):
+            module(*of.example(seed).values())
+    for hook in hooks:
+        hook.remove()
+    ranges = Ranges(seen, {}, "max", "k", 2, "test")
+    return make_recipe(of, NoQuant(name="none", keep=keep or []), Precision(name=precision, rest=rest), ranges)
+
+
+def made(of: Network, asked: Recipe, folder: Path, **settings: Any) -> tuple[Path, dict[str, Any]]:
+    """The package as an artifact of the store is: with manifest and certificate."""
+    path = folder / "net.pt2"
+
+    def work(at: Path) -> dict[str, Any]:
+        facts = engine(**settings).build(Build(of, None, lambda: asked), at / path.name)
+        return facts | {"certificate": certify(engine(), at / path.name, facts, {})}
+
+    return path, obtain(path, "engine", "key", work).manifest.facts
+
+
+def rel(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+CASES = [
+    ("bf16", "bf16", 2e-2, False),
+    ("fp16", "fp16", 4e-3, False),
+    ("fp8", "bf16", 8e-2, False),
+    ("fp8", "bf16", 8e-2, True),
+]
+
+
+@pytest.mark.parametrize(("precision", "rest", "limit", "keep"), CASES)
+@pytest.mark.parametrize("which", ["vggt", "depth"])
+def test_a_session_is_the_fast_network_and_close_to_fp32(
+    which: str, precision: str, rest: str, limit: float, keep: bool, tmp_path: Path
+) -> None:
+    of = NETWORKS[which]()
+    asked = recipe(of, precision, rest, KEPT[which] if keep else None)
+    path, facts = made(of, asked, tmp_path)
+    feeds = of.example(5)
+    fast = of.load().to_inference(torch.float16 if rest == "fp16" else torch.bfloat16, recipe=asked, compile=False)  # type: ignore[operator]
+    with engine().load(path) as session, torch.inference_mode():
+        found, same, wanted = session.infer(feeds), fast(*feeds.values()), of.load()(*feeds.values())
+        assert session.inputs == of.inputs
+        assert session.memory_mib() > facts["weights_mib"] * 0.99
+    for name, like, full in zip(of.outputs, same, wanted, strict=True):
+        assert torch.equal(found[name], like)
+        assert 1e-5 < rel(found[name], full) < limit, name
+    assert read_manifest(path).effective["kernels"] == {"requested": "recon", "effective": "recon"}
+    verdict = facts["certificate"]["verdict"]  # the twin's camera head, which is FP32, is more than 1 % of it
+    camera = which == "vggt" and not (precision == "fp8" and not keep)
+    assert verdict == ("partial" if camera else "achieved"), facts["certificate"]["sentence"]
+    told = {module: layer for layer in facts["certificate"]["engine"]["layers"] for module in layer["modules"]}
+    for layer in asked.infos:  # every Linear is told, by its own path
+        formats = (told[layer]["weight"], told[layer]["compute"])
+        if layer in asked.layers:
+            assert formats == ("fp8", "fp8"), layer
+        elif layer.startswith("camera_head"):
+            assert formats in (("fp16", "fp32"), ("fp32", "fp32")), layer
+        else:
+            assert formats == (rest, rest), layer
+    text = "\n".join(lines(path))
+    assert f"verdict    {verdict}" in text
+    assert "kernels    recon, requested recon" in text
+    first = next(iter(told))
+    assert f"{first}: {told[first]['weight']} weights, {told[first]['compute']} products" in text
+
+
+def test_fp8_layers_hold_the_recipes_codes_and_ranges(tmp_path: Path) -> None:
+    of = vggt()
+    asked = recipe(of, "fp8")
+    path, _ = made(of, asked, tmp_path)
+    tensors = load_file(path)
+    for name, paths in of.load().to_inference(recipe=asked, compile=False).origins().items():  # type: ignore[operator]
+        if paths[0] in asked.layers and name.startswith(("encoder", "trunk")):
+            weight = asked.weights[paths[0]]
+            assert torch.equal(tensors[name].view(torch.uint8), weight.codes.view(torch.uint8))
+            at = name.removesuffix(".weight")
+            assert float(tensors[f"{at}.weight_scale"]) == float(weight.scale)
+            assert float(tensors[f"{at}.input_scale"]) == pytest.approx(asked.ranges.inputs[paths[0]] / 448)
+
+
+@pytest.mark.parametrize("which", ["vggt", "depth"])
+def test_fp8_layers_multiply_what_the_recipe_says(which: str) -> None:
+    """Beside the same recipe carried out layer by layer on the plain network: the same numbers but for 16-bit rounding."""
+    of = NETWORKS[which]()
+    asked = recipe(of, "fp8", "fp16")
+    feeds = list(of.example(5).values())
+    with torch.inference_mode():
+        layerwise = prepare(copy.deepcopy(of.load()), asked)(*feeds)
+        fast = of.load().to_inference(torch.float16, recipe=asked, compile=False)(*feeds)  # type: ignore[operator]
+        full = of.load()(*feeds)
+    for a, b, wanted in zip(fast, layerwise, full, strict=True):
+        assert rel(a, b) < 0.7 * rel(b, wanted) + 2e-3
+
+
+def test_a_sabotaged_conversion_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 is asked for, BF16 is stored and multiplied: everything runs, and the numbers are even better."""
+    of = depth()
+    asked = recipe(of, "fp8")
+    monkeypatch.setattr("recon.depth.nets.fast.low_of", lambda *_: None)
+    facts = engine().build(Build(of, None, lambda: asked), path := tmp_path / "net.pt2")
+    assert set(facts["layers"]) == set(asked.layers)
+    with pytest.raises(ReconError, match=r"absent.*stored as bf16, computed in bf16"):
+        certify(engine(), path, facts, {})
+
+
+def test_one_sabotaged_layer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = vggt()
+    asked = recipe(of, "fp8")
+    victim = "aggregator.global_blocks.2.mlp.fc1"
+    monkeypatch.setattr("recon.models.nets.fast.low_of", lambda *args: None if args[2] == victim else low_of(*args))
+    facts = engine().build(Build(of, None, lambda: asked), path := tmp_path / "net.pt2")
+    found = certify(engine(), path, facts, {})
+    assert found["verdict"] == "partial"
+    assert {path: said for path, said in found["elsewhere"].items() if path in asked.layers} == {
+        victim: "stored as bf16, computed in bf16"
+    }
+
+
+def test_weights_changed_after_the_build_are_seen_in_the_file(tmp_path: Path) -> None:
+    of = depth()
+    path, facts = made(of, recipe(of, "fp8"), tmp_path)
+    tensors = load_file(path)
+    name = "blocks.0.fc1.weight"
+    changed = tmp_path / "changed.pt2"
+    save_file(tensors | {name: tensors[name].bfloat16()}, changed, metadata={"recon": read(path)[0].to_json()})
+    found = certify(engine(), changed, facts, {})
+    assert found["elsewhere"]["model.backbone.encoder.layer.0.mlp.fc1"] == "stored as bf16"
+    with pytest.raises(ReconError, match=r"changed\.pt2: tensor blocks\.0\.fc1\.weight is torch\.bfloat16"):
+        engine().load(changed)
+
+
+def test_the_recorder_sees_formats_and_not_intentions() -> None:
+    product = Product(torch.randn(32, 64), torch.randn(32), torch.bfloat16)
+    with torch.no_grad(), Recorder({"w": product.weight}) as seen:
+        product(torch.randn(5, 64).bfloat16())
+        product(torch.randn(7, 64).bfloat16())
+    assert [(p["op"], p["compute"], p["weight"], p["tensor"]) for p in seen.products] == [
+        ("aten.addmm", "bf16", "bf16", "w")
+    ]
+
+
+def stored_int8(of: Network) -> Recipe:
+    module = of.load()
+    path, layer = next((n, m) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear))
+    form_ = LayerFormat("int8", "int8")
+    weight = QuantizedWeight(form_, torch.zeros(layer.weight.shape, dtype=torch.int8), torch.ones(layer.out_features))
+    return Recipe({path: form_}, {path: weight}, Ranges({path: 1.0}, {}, "max", "k", 1, "t"), "bf16")
+
+
+def rowwise(of: Network) -> Recipe:
+    asked = recipe(of, "fp8")
+    path = next(iter(asked.weights))
+    weight = asked.weights[path]
+    scale = weight.scale.expand(weight.codes.shape[0]).clone()
+    return Recipe(
+        asked.layers,
+        dict(asked.weights) | {path: QuantizedWeight(weight.format, weight.codes, scale)},
+        asked.ranges,
+        "bf16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("of", "asked", "reason"),
+    [
+        (plain_network, lambda _: Recipe(rest="bf16"), "small-2x3x32x32 has no fast form"),
+        (depth, lambda _: Recipe(), "FP32"),
+        (depth, stored_int8, "no int8 w8a8 layers"),
+        (depth, rowwise, "one a channel"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_or_compiled_and_said(
+    of: Any, asked: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = of()
+    source = Build(found, None, lambda: asked(found))
+    with pytest.raises(ReconError, match=f"engine.kernels=recon: .*{reason}"):
+        engine().build(source, tmp_path / "net.pt2")
+    compiled: list[Recipe] = []
+    monkeypatch.setattr(aoti_compile, "_unfit", lambda *_: "")  # as if this were such a GPU
+    monkeypatch.setattr(aoti_compile, "_compile", lambda _, made, *rest: compiled.append(made) or {})
+    facts = aoti_compile.build(source, tmp_path / "net.pt2", "cpu", False, "auto")
+    assert len(compiled) == 1
+    said = facts["effective"]["kernels"]
+    assert (said["requested"], said["effective"]) == ("auto", "inductor")
+    assert reason in said["reason"]
+
+
+def test_fp16_that_overflows_is_refused(tmp_path: Path) -> None:
+    of = depth()
+
+    def load() -> torch.nn.Module:
+        module = copy.deepcopy(of.load())
+        module.model.backbone.encoder.layer[1].mlp.fc1.weight.data *= 1e6  # type: ignore[union-attr,index,operator]
+        return module
+
+    large = Network(of.name, of.inputs, of.outputs, "large", load, of.example)
+    with pytest.raises(ReconError, match=r"FP16 cannot hold .*layer\.1\.mlp\.fc1"):
+        engine().build(Build(large, None, lambda: Recipe(rest="fp16")), tmp_path / "net.pt2")
+
+
+def test_cpu_builds_are_inductors_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(aoti_compile, "_compile", lambda *_: {})
+    facts = aoti_compile.build(Build(depth(), None, Recipe), tmp_path / "n.pt2", "cpu", False, "auto")
+    assert facts["effective"]["kernels"]["effective"] == "inductor"
+    assert "9.0" in facts["effective"]["kernels"]["reason"]
+    facts = aoti_compile.build(Build(depth(), None, Recipe), tmp_path / "n.pt2", "cpu", False, "inductor")
+    assert facts["effective"]["kernels"] == {"requested": "inductor", "effective": "inductor"}
+
+
+def test_settings_are_checked_and_part_of_the_key() -> None:
+    with pytest.raises(ReconError, match=r"engine\.kernels=fast: not known"):
+        engine(kernels="fast").check()
+    with pytest.raises(ReconError, match="max_autotune"):
+        engine(max_autotune=True).check()
+    assert "int8" in engine().refuses([LayerFormat("int8", "int8")], "bf16")
+    assert "FP32" in engine().refuses([], "fp32")
+    assert engine().refuses([FP8], "bf16") == refusal([FP8], "bf16", "cpu") == ""
+    assert engine(kernels="auto").refuses([LayerFormat("int8", "int8")], "fp32") == ""
+    assert "form" in engine().versions()
+    assert "form" not in engine(kernels="inductor").versions()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    of = depth()
+    return made(of, recipe(of, "bf16"), tmp_path_factory.mktemp("form"))[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"torch": "1.0"}, r"compiled for PyTorch 1\.0"),
+        ({"device": "cuda"}, "compiled for cuda, not cpu"),
+        ({"hardware": "NVIDIA A100 (sm80)"}, "compiled for NVIDIA A100"),
+    ],
+)
+def test_packages_of_other_machines_are_refused(
+    package: Path, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    text = json.loads(read(package)[0].to_json()) | change
+    save_file(load_file(package), other := tmp_path / "other.pt2", metadata={"recon": json.dumps(text)})
+    with pytest.raises(ReconError, match=message):
+        engine().load(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "form.0"}, r"version form\.0"),
+        ({"family": "os"}, "family 'os'"),
+        ({"settings": {}}, "cannot be rebuilt"),
+        ({"settings": {"config": 7, "size": [1], "dtype": "bfloat16", "fp8": []}}, "cannot be rebuilt"),
+    ],
+)
+def test_packages_that_say_other_things_are_refused(
+    package: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    text = json.loads(read(package)[0].to_json())
+    text["form"] |= change
+    save_file(load_file(package), other := tmp_path / "other.pt2", metadata={"recon": json.dumps(text)})
+    with pytest.raises(ReconError, match=message):
+        engine().load(other)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "junk"])
+def test_damaged_packages_are_named(package: Path, tmp_path: Path, damage: str) -> None:
+    whole, bad = package.read_bytes(), tmp_path / "bad.pt2"
+    bad.write_bytes({"truncated": whole[:-9], "header": b"\xff" * 8 + whole[8:], "junk": b"\x07junk" * 99}[damage])
+    for act in (engine(allow_foreign=True).load, engine().inspect):
+        with pytest.raises(ReconError, match=r"bad\.pt2"):
+            act(bad)
+
+
+def test_missing_and_left_over_tensors_are_refused(package: Path) -> None:
+    identity, tensors = read(package)[0], load_file(package)
+    family, settings = identity.form["family"], identity.form["settings"]
+    assert isinstance(rebuild(family, settings, tensors), FastNetwork)
+    with pytest.raises(ReconError, match=r"1 tensors are missing or left over, lead"):
+        rebuild(family, settings, {name: value for name, value in tensors.items() if name != "lead"})
+    with pytest.raises(ReconError, match="extra"):
+        rebuild(family, settings, tensors | {"extra": torch.zeros(1)})
+
+
+def test_the_versions_agree_and_the_file_holds_no_code(package: Path) -> None:
+    assert read(package)[0].form["tools"] == form.tools()
+    assert (
+        int.from_bytes(package.read_bytes()[:8], "little") < package.stat().st_size
+    )  # safetensors: a length, JSON, data
+    assert json.loads(package.read_bytes()[8 : 8 + int.from_bytes(package.read_bytes()[:8], "little")])
