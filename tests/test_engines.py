@@ -141,7 +141,12 @@ def test_a_provider_fallback_is_refused(onnx_file: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"provider": "npu"}, "provider=npu"), ({"optimisation": "max"}, "optimisation=max"), ({"threads": -1}, "-1")],
+    [
+        ({"provider": "npu"}, "provider=npu"),
+        ({"optimisation": "max"}, "optimisation=max"),
+        ({"threads": -1}, "-1"),
+        ({"tf32": False}, "tf32=false has no effect"),
+    ],
 )
 def test_impossible_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ReconError, match=message):

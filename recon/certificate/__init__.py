@@ -4,8 +4,8 @@
 
 *achieved*: the graph has what was asked for, and the engine stores and computes it so. *partial*: the graph has it and
 the engine stores or computes a part in another format, or the quant mode left no layer to precision's; share and
-sentence say which. *absent*: a format that was asked for is in no layer: the build fails. *unverified*: the graph has it,
-and the plan cannot be looked into on this machine.
+sentence say which. *absent*: a format that was asked for is in no layer: the build fails. *unverified*: the graph has
+it, and the plan cannot be looked into on this machine.
 docs/quantisation.md has the rules in full.
 """
 
