@@ -1,6 +1,7 @@
 """Kernels and the fast networks built from them: torch twins against plain formulas, Triton against the twins (gpu)."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from recon.depth.nets.depth_anything import build as build_depth
 from recon.errors import ReconError
 from recon.kernels import ops, reference
+from recon.kernels.graphs import Streams
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, Product, score_bound
 from recon.models.nets.blocks import rotate, rotation_table
 from recon.models.nets.config import PRESETS
@@ -207,6 +209,78 @@ def test_odd_dtypes_are_refused() -> None:
     network = build(PRESETS["vggt-twin"], ("camera",), (56, 56), seed=0)
     with pytest.raises(ReconError, match="float64"):
         network.to_inference(torch.float64)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """Notes who waits for whom; `captured` are the streams that a capture has reached, as CUDA follows them."""
+
+    current: "FakeStream"
+
+    def __init__(self) -> None:
+        self.captured, self.waiting = False, set[FakeStream]()
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        if self.captured and not other.captured:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+        self.captured = self.captured or other.captured
+        self.waiting.add(other)
+
+
+@contextmanager
+def on_stream(stream):
+    before, FakeStream.current = FakeStream.current, stream
+    yield
+    FakeStream.current = before
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream.current)
+    FakeStream.current = FakeStream()
+    return FakeStream.current
+
+
+def run_of(streams: Streams, main: FakeStream, views: int) -> None:
+    """The forks and joins of `FastVGGT.forward`, under capture: by CUDA's rules no stream may be left behind."""
+    main.captured = True
+    early, entered = views <= 2, []
+    streams.begin()
+    for _ in range(4):
+        with streams.beside("dense", early):
+            entered.append(FakeStream.current)
+    with streams.beside("camera", True):
+        entered.append(FakeStream.current)
+    main.waiting.clear()
+    streams.join("dense")
+    streams.join("camera")
+    assert {stream for stream in entered if stream is not main} == main.waiting
+    for stream in (main, *streams._streams.values()):
+        stream.captured = False  # the capture ends
+
+
+def test_graphs_of_many_views_after_few_wait_for_no_idle_stream(fake_cuda) -> None:
+    streams = Streams()
+    for views in (1, 9, 2, 64):
+        run_of(streams, fake_cuda, views)
+
+
+def test_a_run_that_failed_leaves_nothing_to_wait_for(fake_cuda) -> None:
+    streams = Streams()
+    with streams.beside("dense", True):
+        pass  # and here it ended with an error
+    run_of(streams, fake_cuda, 9)
+
+
+def test_a_stream_that_took_no_part_would_end_a_capture(fake_cuda) -> None:
+    """The fault that was repaired, to see that the stand-in above knows it."""
+    idle, fake_cuda.captured = FakeStream(), True
+    with pytest.raises(RuntimeError, match="uncaptured"):
+        fake_cuda.wait_stream(idle)
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------

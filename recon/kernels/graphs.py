@@ -23,7 +23,9 @@ class Captured:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self.graph):
+        # on the stream that is warm: the libraries' workspaces belong to a stream, and those of torch's own stream for
+        # captures would be shared with every other graph, which may be replayed at the same time
+        with torch.inference_mode(), torch.cuda.graph(self.graph, stream=stream):
             self.outputs = call(self.input)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -36,12 +38,18 @@ class Captured:
 class Streams:
     """Second streams by name: work beside the current stream, which `join` waits for.
 
-    A tensor that is read on a second stream has to be kept alive by the caller until after `join`.
+    A tensor that is read on a second stream has to be kept alive by the caller until after `join`. Each run begins with
+    `begin` and joins every stream that it went to: a capture ends with an error when one is left behind, and when it
+    waits for one that took no part in it.
     """
 
     def __init__(self) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._forked: set[str] = set()
+
+    def begin(self) -> None:
+        """Forget what a run that ended with an error has left."""
+        self._forked.clear()
 
     def beside(self, name: str, on: bool) -> AbstractContextManager[Any]:
         """A second stream that goes on from where the current one is; nothing where `on` is false."""
@@ -55,10 +63,7 @@ class Streams:
         return torch.cuda.stream(side)
 
     def join(self, name: str) -> None:
-        """The current stream waits for that one, if `beside` went there since the last `join`.
-
-        To wait for a stream that took no part would end a capture with an error.
-        """
+        """The current stream waits for that one, if `beside` went there in this run."""
         if name in self._forked:
             self._forked.remove(name)
             torch.cuda.current_stream().wait_stream(self._streams[name])

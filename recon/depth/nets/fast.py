@@ -90,6 +90,7 @@ class FastDisparity(FastNetwork):
         blocks: list[FastBlock] = list(self.blocks)  # type: ignore[arg-type]
         normed = blocks[0].norm1(rows)
         early = x.is_cuda and images <= EARLY_IMAGES
+        self.streams.begin()
         taps: list[Tensor] = []  # kept: another stream may read them
         levels: list[Tensor] = []
         for i, block in enumerate(blocks, 1):
@@ -100,8 +101,7 @@ class FastDisparity(FastNetwork):
                 taps.append(ops.layer_norm(rows, norm.weight, norm.bias, norm.eps, self.dtype).view(images, -1, width))
                 with self.streams.beside("dense", early):
                     levels.append(self.level(len(levels), taps[-1]))
-        if early:
-            self.streams.join("dense")
+        self.streams.join("dense")
         return (self.fuse(levels),)
 
     def settings(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class InductorSession(Session):
                 self._called(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # one that is warm, and no other session's: see `Captured`
             outputs = self._called(inputs)
         return graph, inputs, outputs
 

@@ -81,6 +81,7 @@ class FastVGGT(FastNetwork):
         fill the card, so does what a dense head can do before the last tap is there.
         """
         early = images.is_cuda and images.shape[0] <= EARLY_FRAMES
+        self.streams.begin()
         levels: dict[str, list[Tensor]] = {part: [] for part in self.dense}
         kept: list[Tensor] = []  # tensors that another stream reads: freed after the streams have met again
 
