@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 # Read by libgomp when torch is first imported: threads wait busily for about 10 us, then sleep. With its default of
 # milliseconds, small tensor work gets up to ten times slower as soon as anything else uses the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+logging.raiseExceptions = False  # a log file on a full disk must not print a traceback for every message
 register()
 
 

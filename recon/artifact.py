@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from recon.errors import Damaged, ReconError
+from recon.errors import Damaged, ReconError, Unwritable
 
 log = logging.getLogger(__name__)
 
@@ -197,26 +197,27 @@ def writable(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except PermissionError as error:
-        raise ReconError(
-            f"{error.filename or folder}: not writable", "choose another folder with output=DIR"
-        ) from error
     except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
-            raise ReconError(
-                f"{folder}: the disk is full ({free:.0f} MiB free)",
-                "free some space or choose another folder with output=DIR",
-            ) from error
-        if error.errno == 30:  # EROFS
-            raise ReconError(
-                f"{folder}: on a read-only file system", "choose another folder with output=DIR"
-            ) from error
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            raise ReconError(
-                f"{folder}: a file is in the way of this folder", "choose another folder with output=DIR"
-            ) from error
+        if problem := _no_write(folder, error):
+            raise Unwritable(*problem) from error
         raise
+
+
+def _no_write(folder: Path, error: OSError) -> tuple[str, str] | None:
+    """Problem and remedy of an error that says that nothing can be written there; None for any other."""
+    elsewhere = "choose another folder with output=DIR"
+    if isinstance(error, PermissionError):
+        return f"{error.filename or folder}: not writable", elsewhere
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+        return f"{folder}: the disk is full ({free:.0f} MiB free)", f"free some space or {elsewhere}"
+    if error.errno == 27:  # EFBIG
+        return f"{folder}: a file would be larger than this process may write", "raise `ulimit -f`"
+    if error.errno == 30:  # EROFS
+        return f"{folder}: on a read-only file system", elsewhere
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{folder}: a file is in the way of this folder", elsewhere
+    return None
 
 
 @contextmanager

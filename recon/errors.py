@@ -22,5 +22,9 @@ class Refused(ReconError):
     """A combination of options that cannot run, found before any work. In a sweep it is a row, not a failure."""
 
 
+class Unwritable(ReconError):
+    """A file that cannot be written: the disk is full or read-only, or the folder is not ours."""
+
+
 class Damaged(ReconError):
     """A stored file that does not match its manifest. It is named and rebuilt, never used."""

@@ -24,6 +24,7 @@ from recon.keyframes import KeyframeWriter, camera_of
 from recon.live.boardscores import BoardScores, read_board
 from recon.live.calibration_file import Provenance, read_calibration, write_calibration
 from recon.live.framelog import FrameLog
+from recon.live.losses import Losses
 from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
@@ -59,6 +60,7 @@ class Reconstruction:
     seconds: dict[str, float] = field(default_factory=dict)
     map_stats: dict[str, float] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def frames(self) -> list[dict[str, Any]]:
@@ -81,6 +83,7 @@ class Reconstruction:
             "seconds": self.seconds,
             "stream": self.stream,
             "source": self.source,
+            "files_lost": self.losses.told,
             **self.log.metrics(),
         }
 
@@ -181,7 +184,10 @@ def reconstruct_scene(
         result.source = config.source.report()
         result.seconds["stream"] = time.perf_counter() - start
         with busy("Writing the map"):
-            result.files.append(frames.close())
+            if (rows := frames.close()) is not None:
+                result.files.append(rows)
+            else:
+                result.losses.told[frames.path.name] = frames.lost
             _write_outputs(config, streamer, result, folder)
     return result
 
@@ -224,10 +230,10 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
     keyframes = KeyframeWriter(folder, config.handover, result.bootstrap)
     if config.evaluate.board is not None:
         result.board = read_board(Path(config.evaluate.board), config.source.cameras())
-    board = result.board
+    board, attempt = result.board, result.losses.attempt
 
     def observe(frame: FrameResult) -> None:
-        keyframes.offer(frame.view)
+        attempt("keyframes", lambda: keyframes.offer(frame.view))
         if config.viewer != "none":  # depth is copied from the device only where somebody looks at it
             viewer.frame(frame.view, frame.depth, frame.align.row())
         if board is not None and (camera := camera_of(streamer.bootstrap, frame.view)) is not None:
@@ -235,7 +241,8 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
         result.log.add(frame)
         result.depth_scores.add(frame)
         if config.save_per_frame_depth and frame.depth is not None:
-            result.files.append(_write_depth(frame, result.scale, folder))
+            path = attempt("depth of frames", lambda: _write_depth(frame, result.scale, folder))
+            result.files += [path] if path is not None else []
 
     with stop_on_signals() as stop, open_viewer(config.viewer, folder, result.bootstrap, config.rerun) as viewer:
         streamer.stop = stop
@@ -243,7 +250,9 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
         for step in track(streamer.run(observe), "Streaming", len(config.source)):
             viewer.step(step, streamer.fused)
         seconds = time.perf_counter() - start
-    result.files += [*keyframes.close(), *viewer.files]
+    result.files += [*(attempt("index of keyframes", keyframes.close) or []), *viewer.files]
+    if viewer.lost:
+        result.losses.add(viewer.name, viewer.lost)
     result.stream = {
         **streamer.report(),
         "stopped_by": stop.by,

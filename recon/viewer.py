@@ -8,6 +8,7 @@ Entities: `world/map`; per camera `world/cameras/<name>` (pose) with `image` and
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recon.artifact import atomic_file
-from recon.errors import ReconError
+from recon.errors import Unwritable
 from recon.geometry.cameras import scale_intrinsics
 from recon.geometry.views import Array, Bootstrap, DepthImage, Image, View
 from recon.keyframes import camera_of
@@ -37,7 +38,10 @@ FLUSH_S = 10.0
 class Viewer:
     """Shows nothing: what `viewer=none` is, and the interface of the others."""
 
+    name = "none"
     files: tuple[Path, ...] = ()
+    lost = ""
+    """Why there is no recording, where one could not be completed."""
 
     def frame(self, view: View, depth: DepthImage | None, row: Mapping[str, Any]) -> None:
         """One frame of the stream: depth [H,W] aligned (None: rejected), `row` as in metrics.json."""
@@ -47,10 +51,8 @@ class Viewer:
 
 
 def open_viewer(kind: str, folder: Path, bootstrap: Bootstrap, options: RerunOptions) -> AbstractContextManager[Viewer]:
-    """The viewer of this name, open while the context lasts.
-
-    Raises:
-        ReconError: the recording could not be completed, e.g. because the disk is full.
+    """The viewer of this name, open while the context lasts. `lost` says why a recording could not be completed, e.g.
+    because the disk is full: that costs the recording, not the run.
     """
     return nullcontext(Viewer()) if kind == "none" else _rerun(folder, bootstrap, options)
 
@@ -59,26 +61,36 @@ def open_viewer(kind: str, folder: Path, bootstrap: Bootstrap, options: RerunOpt
 def _rerun(folder: Path, bootstrap: Bootstrap, options: RerunOptions) -> Iterator[Viewer]:
     import rerun
 
-    with atomic_file(folder / FILE) as temporary:
-        recording = rerun.RecordingStream("recon", recording_id=folder.name)
-        blueprint = _blueprint([view.camera for view in bootstrap.views])
-        sinks: list[Any] = [rerun.FileSink(str(temporary))]
-        if options.spawn:
-            rerun.spawn(connect=False)
-            sinks.append(rerun.GrpcSink())
-        recording.set_sinks(*sinks, default_blueprint=blueprint)
-        viewer = RerunViewer(recording, bootstrap, options)
-        try:
-            yield viewer
-            viewer.finish()
-        finally:
-            _flush(recording)
-        _require_complete(temporary)
-    viewer.files = (folder / FILE,)
+    viewer = None
+    try:
+        with atomic_file(folder / FILE) as temporary:
+            recording = rerun.RecordingStream("recon", recording_id=folder.name)
+            blueprint = _blueprint([view.camera for view in bootstrap.views])
+            sinks: list[Any] = [rerun.FileSink(str(temporary))]
+            if options.spawn:
+                rerun.spawn(connect=False)
+                sinks.append(rerun.GrpcSink())
+            recording.set_sinks(*sinks, default_blueprint=blueprint)
+            viewer = RerunViewer(recording, bootstrap, options)
+            try:
+                yield viewer
+                viewer.finish()
+            finally:
+                _flush(recording, options.spawn)
+            viewer.ended = True
+            _require_complete(temporary)
+        viewer.files = (folder / FILE,)
+    except Unwritable as error:
+        if viewer is None or not viewer.ended:
+            raise
+        viewer.lost = error.problem
 
 
 class RerunViewer(Viewer):
     """Logs into a rerun recording. Pictures are scaled down, the map comes at a bounded rate, the total is bounded."""
+
+    name = FILE
+    ended = False
 
     def __init__(self, recording: Any, bootstrap: Bootstrap, options: RerunOptions) -> None:
         self.recording, self.bootstrap, self.options = recording, bootstrap, options
@@ -195,13 +207,19 @@ class RerunViewer(Viewer):
         return full
 
 
-def _flush(recording: Any) -> None:
-    """Write out what is pending. A viewer that a person has closed must not cost the file."""
+def _flush(recording: Any, spawned: bool) -> None:
+    """Write out what is pending. A viewer that a person has closed must not cost the file.
+
+    Where rerun's writing thread has died of a full disk, `disconnect` waits for it without end: it is left behind.
+    """
     try:
         recording.flush(timeout_sec=FLUSH_S)
     except RuntimeError as error:
-        log.warning("the spawned viewer does not answer, only recon.rrd is written: %s", error)
-    recording.disconnect()
+        if spawned:
+            log.warning("the spawned viewer does not answer, only %s is written: %s", FILE, error)
+    ending = threading.Thread(target=recording.disconnect, name="rerun-disconnect", daemon=True)
+    ending.start()
+    ending.join(FLUSH_S)
 
 
 def _shrunk(size: tuple[int, int], width: int) -> tuple[int, int]:
@@ -226,8 +244,10 @@ def _blueprint(cameras: list[str]) -> Any:
 
 def _require_complete(path: Path) -> None:
     """rerun writes from a thread of its own, which reports no error: a file cut short shows in its end."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        whole = FOOTER in file.read()
+    whole = False
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            whole = FOOTER in file.read()
     if not whole:
-        raise ReconError(f"{FILE}: the recording was cut short", "free some disk space, or use viewer=none")
+        raise Unwritable(f"{FILE}: the recording was cut short", "free some disk space, or use viewer=none")

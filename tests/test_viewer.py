@@ -1,5 +1,6 @@
 """`viewer=rerun`: the recording is read back with rerun's own reader."""
 
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -155,6 +156,23 @@ def test_a_recording_cut_short_is_noticed(recorded: Path, tmp_path: Path) -> Non
     with pytest.raises(ReconError, match="cut short"):
         _require_complete(cut)
     _require_complete(recorded)
+
+
+def test_a_full_disk_costs_the_recording_not_the_run(scene: Any, tmp_path: Path) -> None:
+    pytest.importorskip("rerun")
+    _, batches, bootstrap, fused = scene
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with open_viewer("rerun", tmp_path, bootstrap, RerunOptions(map_period_s=0.0)) as viewer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+            for step, views in enumerate(batches, 1):
+                for view in views:
+                    viewer.frame(view, view.depth, {})
+                viewer.step(step, fused)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (viewer.files, viewer.lost) == ((), "recon.rrd: the recording was cut short")
+    assert not list(tmp_path.iterdir())
 
 
 def test_none_shows_nothing(scene: Any, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from recon.live.stream import FrameResult
 
+log = logging.getLogger(__name__)
 KEPT = 2000
 """Rows that metrics.json holds at most; frames.jsonl has all of them."""
 SERIES_POINTS = 1000
@@ -23,10 +26,14 @@ PARTS = ("read", "wait", "depth", "render", "align", "fuse", "latency")
 
 
 class FrameLog:
-    """Writes one JSON line per frame to `path`, which exists under that name only once `close` has been called."""
+    """Writes one JSON line per frame to `path`, which exists under that name only once `close` has been called.
+
+    lost: why there is no such file, where it could not be written; counts and figures go on without it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lost = ""
         self.seen = self.accepted = 0
         self.rejected: Counter[str] = Counter()
         self._rows: list[dict[str, Any]] = []
@@ -46,17 +53,24 @@ class FrameLog:
         for name in (*FIGURES, *(f"ms_{part}" for part in PARTS if f"ms_{part}" not in FIGURES)):
             if isinstance(value := row.get(name), (int, float)) and np.isfinite(value):
                 self._figures.setdefault((frame.view.camera, name), array("f")).append(value)
-        assert self._file is not None, "the log is closed"
-        self._file.write(json.dumps(row) + "\n")
+        assert self._file is not None or self.lost, "the log is closed"
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                self._give_up(error)
         return row
 
-    def close(self) -> Path:
-        """Finish the file and give it its name."""
+    def close(self) -> Path | None:
+        """Finish the file and give it its name; None where it was lost."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._partial.replace(self.path)
-        return self.path
+            try:
+                self._file.close()
+                self._file = None
+                self._partial.replace(self.path)
+            except OSError as error:
+                self._give_up(error)
+        return None if self.lost else self.path
 
     def metrics(self) -> dict[str, Any]:
         """Counts, times and rows for metrics.json."""
@@ -65,7 +79,7 @@ class FrameLog:
             "frames_fused": self.accepted,
             "frames_rejected": dict(self.rejected),
             "ms": {part: percentiles(values) for part in PARTS if (values := self._all(f"ms_{part}")).size},
-            "frames_file": self.path.name,
+            "frames_file": None if self.lost else self.path.name,
             "frames_listed": len(self._rows),
             "frames": self._rows,
         }
@@ -85,9 +99,20 @@ class FrameLog:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         """Leave no partial file behind after an error."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._partial.unlink(missing_ok=True)
+            self._discard()
+
+    def _give_up(self, error: OSError) -> None:
+        """A full disk costs the rows on disk, not the map."""
+        self.lost = f"{error.strerror or error} after {self.seen} frames"
+        log.warning("%s is given up, the run goes on: %s", self.path.name, self.lost)
+        self._discard()
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what it still holds does not fit either
+                self._file.close()
+        self._file = None
+        self._partial.unlink(missing_ok=True)
 
     def _all(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         found = [np.frombuffer(values, np.float32) for (_, key), values in self._figures.items() if key == name]
