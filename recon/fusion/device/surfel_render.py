@@ -10,19 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from recon.fusion.device.inputs import Pinhole, pinhole, rigid, turned
+from recon.fusion.device.surfel_sight import Eye, dot, turned
 from recon.fusion.device.surfel_windows import Windows
 from recon.fusion.kernels.surfels import DRAWN
-from recon.geometry.cameras import invert
-from recon.geometry.views import Array
 
 _STEPS = 2.0**40  # of the largest weight: 2^23 surfels may share a pixel before the sum leaves int64
 Drawn = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]
 
 
-def splat(
-    columns: dict[str, torch.Tensor], K: Array, T_world_cam: Array, size: tuple[int, int], slab: float, cap: float
-) -> torch.Tensor:
+def splat(columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int], slab: float, cap: float) -> torch.Tensor:
     """[height,width] float32 z-depth as `kernels.surfels.splat` draws it, 0 where there is no front face.
 
     size: (width, height). slab: planes within it behind the nearest are averaged, by weight. cap: the largest weight.
@@ -32,7 +28,7 @@ def splat(
     near = torch.full((height * width,), torch.inf, device=weight.device)
     if not len(weight):
         return torch.zeros((height, width), device=weight.device)
-    drawn = _squares(columns, K, T_world_cam, size)
+    drawn = _squares(columns, eye, size)
     for _, pixel, depth in drawn():
         near.scatter_reduce_(0, pixel, torch.where(depth > 0, depth, torch.inf).to(torch.float32), "amin")
     behind, mass = (torch.zeros(len(near), dtype=torch.int64, device=near.device) for _ in range(2))
@@ -45,10 +41,10 @@ def splat(
     return torch.where(torch.isfinite(near), mean, 0.0).to(torch.float32).reshape(height, width)
 
 
-def _squares(columns: dict[str, torch.Tensor], K: Array, T_world_cam: Array, size: tuple[int, int]) -> Drawn:
+def _squares(columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int]) -> Drawn:
     """All (row, pixel, depth) of the squares on the image, depth where the pixel's ray meets the surfel's plane; to be
     gone through as often as needed, and kept where they are few."""
-    planes, windows = _planes(columns, K, T_world_cam, size)
+    planes, windows = _planes(columns, eye, size)
 
     def drawn() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for row, u, v in windows.pairs():
@@ -63,41 +59,36 @@ def _squares(columns: dict[str, torch.Tensor], K: Array, T_world_cam: Array, siz
 
 @dataclass(frozen=True)
 class _Planes:
-    """Tangent planes in the camera frame, [N] float64 each: normal, offset of the plane, depth of the centre, and how
-    far from it the plane is trusted to tilt."""
+    """Tangent planes in the camera frame: normal [N,3], offset of the plane [N], depth of the centre [N], and how far
+    from it the plane is trusted to tilt [N]; float64."""
 
-    camera: Pinhole
-    normal: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    eye: Eye
+    normal: torch.Tensor
     offset: torch.Tensor
     z: torch.Tensor
     reach: torch.Tensor
 
     def depth(self, row: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """z-depth [P] at which the rays of pixels meet the planes of rows."""
-        (fx, fy, cx, cy), (nx, ny, nz) = self.camera, self.normal
-        u, v = u.to(torch.float64) - cx, v.to(torch.float64) - cy
-        along = nx[row] * u / fx + ny[row] * v / fy + nz[row]
-        z, reach = self.z[row], self.reach[row]
+        normal, z, reach = self.normal[row], self.z[row], self.reach[row]
+        x, y = (normal[:, :2] * (torch.stack([u, v], 1) - self.eye.centre) / self.eye.focal).unbind(1)
+        along = x + y + normal[:, 2]
         met = torch.where(along < -0.1, self.offset[row] / along, z)
         return torch.minimum(torch.maximum(met, z - reach), z + reach)
 
 
-def _planes(
-    columns: dict[str, torch.Tensor], K: Array, T_world_cam: Array, size: tuple[int, int]
-) -> tuple[_Planes, Windows]:
+def _planes(columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int]) -> tuple[_Planes, Windows]:
     """Planes of all surfels and the pixels that their squares cover: none for back faces and what is behind."""
-    (fx, fy, cx, cy), (R, t) = pinhole(K), rigid(invert(T_world_cam))
-    x, y, z = turned(R, *columns["position"].to(torch.float64).unbind(1))
-    x, y, z = x + t[0], y + t[1], z + t[2]
-    nx, ny, nz = turned(R, *columns["normal"].to(torch.float64).unbind(1))
-    offset = nx * x + ny * y + nz * z
-    shown = (z > 1e-9) & (offset < 0)
-    z = torch.where(shown, z, 1.0)
-    side = DRAWN * columns["radius"].to(torch.float64) / z
-    ru, rv = (side * fx).clamp(min=0.5), (side * fy).clamp(min=0.5)
-    u, v = fx * x / z + cx, fy * y / z + cy
-    left, top = (torch.ceil(value).to(torch.int64) for value in (u - ru, v - rv))
-    right, bottom = (torch.floor(value).to(torch.int64) for value in (u + ru, v + rv))
+    local = eye.seen(columns["position"].to(torch.float64))
+    normal = turned(eye.R_in, columns["normal"].to(torch.float64))
+    offset = dot(normal, local)
+    shown = (local[:, 2] > 1e-9) & (offset < 0)
+    local[:, 2] = torch.where(shown, local[:, 2], 1.0)
+    side = DRAWN * columns["radius"].to(torch.float64) / local[:, 2]
+    half, centre = (side[:, None] * eye.focal).clamp_(min=0.5), eye.pixels(local)
+    left, top = torch.ceil(centre - half).to(torch.int64).unbind(1)
+    right, bottom = torch.floor(centre + half).to(torch.int64).unbind(1)
     right = torch.where(shown, right, -1)  # and with it the width is 0
     windows = Windows.clipped(left, right, top, bottom, (size[1], size[0]))
-    return _Planes((fx, fy, cx, cy), (nx, ny, nz), offset, z, 3 * ru * z / fx), windows
+    z, reach = local[:, 2], 3 * half[:, 0] * local[:, 2] / eye.focal[0]
+    return _Planes(eye, normal, offset, z, reach), windows

@@ -10,7 +10,9 @@ import torch
 from recon.errors import ReconError
 from recon.fusion import Map, PointCloud
 from recon.fusion.device import free_bytes, surfel_render, surfel_update
+from recon.fusion.device.cameras import CameraCache, cameras, pack_camera
 from recon.fusion.device.inputs import upload
+from recon.fusion.device.surfel_sight import Eye, Sight
 from recon.fusion.surfel import COLUMNS, Surfel
 from recon.geometry.cameras import check_intrinsics, check_transform
 from recon.geometry.views import Array, DepthImage, PosedDepth
@@ -34,6 +36,7 @@ class DeviceSurfelMap(Map):
             name: torch.zeros((_START, *shape), dtype=getattr(torch, np.dtype(dtype).name), device=self.device)
             for name, (shape, dtype) in COLUMNS.items()
         }
+        self._cameras = CameraCache(self.device, kept=64)
         self._unit = options.unit_depth
 
     @torch.inference_mode()
@@ -48,7 +51,7 @@ class DeviceSurfelMap(Map):
         self._unit = self._unit or _half_median(depth)
         if not self._unit:
             return  # no pixel, and none before
-        sight = surfel_update.Sight(depth, image, view.K, view.T_world_cam, o, self._unit)
+        sight = Sight(depth, image, Eye.of(self._cameras.of([view])), o, self._unit)
         normals = sight.normals()
         merged, covered = surfel_update.merge(self._rows(), sight, normals, frame)
         fresh = surfel_update.spawn(sight, normals, covered)
@@ -63,8 +66,8 @@ class DeviceSurfelMap(Map):
     def render(self, K: Array, T_world_cam: Array, width: int, height: int) -> torch.Tensor:
         """[height,width] float32 z-depth on the device, as `SurfelMap.render_depth` draws it; 0 where there is none."""
         K, T_world_cam = check_intrinsics(K, "render_depth"), check_transform(T_world_cam, "render_depth")
-        o = self.options
-        return surfel_render.splat(self._rows(), K, T_world_cam, (width, height), o.voxel, o.weight_cap)
+        o, eye = self.options, Eye.of(cameras(pack_camera(K, T_world_cam)[None], self.device))
+        return surfel_render.splat(self._rows(), eye, (width, height), o.voxel, o.weight_cap)
 
     @torch.inference_mode()
     def points(self) -> PointCloud:
