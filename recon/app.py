@@ -40,6 +40,10 @@ def main() -> None:
     sys.argv[1:] = [quote_devices(argument) for argument in sys.argv[1:]]
     try:
         _hydra()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ReconError, HydraException, OmegaConfBaseException, OSError) as error:
         if verbose or not (
             isinstance(error, (ReconError, HydraException, OmegaConfBaseException)) or _about_output(error)

@@ -242,3 +242,16 @@ def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(networ
     for name, path in made[0].items():
         assert json.loads(path.read_text())["key"] == json.loads(made[1][name].read_text())["key"], name
     assert not [path for path in (disturbed / "outputs").rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_reader_that_leaves_gets_no_traceback(tmp_path: Path) -> None:
+    """`python -m recon --help | head` ends without a word."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recon", "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 1
