@@ -298,3 +298,34 @@ def test_real_frames_give_the_compiled_maps_surfels(data_dir: Path, device: str)
     small = np.diag([0.25, 0.25, 1]) @ view.K
     wanted, found = (m.render_depth(small, view.T_world_cam, 80, 60) for m in (compiled, ours))
     assert np.mean(np.abs(wanted - found) <= 2e-6 * wanted) > (0.9999 if device == "cpu" else 0.995)
+
+
+@DEVICE
+def test_a_stream_fills_the_map_on_its_device(device: str) -> None:
+    """Aligned, freed of what moves and fused there: as many surfels as on the host, and the same surface."""
+    pytest.importorskip("omegaconf")
+    from recon.config import option
+    from recon.live import DepthAnythingPool
+    from recon.live.align import Align
+    from recon.live.stream import Streamer
+
+    source: Any = replace(option("source", "synthetic"), width=128, height=96, steps=2, count=2)
+    depth: Any = option("depth", "recorded")
+    bootstrap = option("model", "recorded").bootstrap(source.bootstrap(), source.scale(), None)
+    found: list[Any] = []
+    for kind in (SurfelMap, lambda o: DeviceSurfelMap(o, device)):
+        maps = [kind(Surfel(voxel=0.06)) for _ in range(2)]
+        for one in maps:
+            one.integrate_all(bootstrap.views, 0)
+        with DepthAnythingPool(lambda: None, workers=1, predict=depth.predict) as pool:
+            steps = list(Streamer(source, depth, pool, bootstrap, *maps, Align(render_width=64)).run(lambda _: None))
+        assert len(steps) == 2
+        found.append(maps[0])
+    compiled, ours = found
+    assert (columns_of(ours)["last"] == 2).mean() > 0.3
+    assert ours.size == pytest.approx(compiled.size, rel=0.02)
+    K, pose = bootstrap.K_source["cam1"], bootstrap.T_world_cam["cam1"]
+    wanted, other = (fused.render_depth(K, pose, 128, 96) for fused in found)
+    both = (wanted > 0) & (other > 0)
+    assert both.mean() > 0.97 * (wanted > 0).mean()
+    assert np.median(np.abs(other[both] / wanted[both] - 1)) < 1e-3
