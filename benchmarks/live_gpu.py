@@ -6,8 +6,8 @@
     python benchmarks/live_gpu.py run ... --device cpu --fps 2 --seconds 5 --architecture twin --input 56 56
 
 Static cameras in a rendered room with moving objects; every camera gives a frame at every tick, and the newest wins:
-what is not taken is dropped and counted. Images are decoded before the clock starts (`--decode` puts that into the loop);
-from then on the loop is that of `recon.live`: one copy in, depth network, reference, alignment, moving things, fusion.
+what is not taken is dropped and counted. Images are decoded before the clock starts (`--decode` puts that into the
+loop); from then on the loop is that of `recon.live`: one copy in, depth network, reference, alignment, moving things, fusion.
 `latency_ms` counts from the tick to the moment at which the frame is in the map and its figures are on the host.
 
 --depth network+oracle (the default): the network (Depth Anything V2, seeded weights) runs on every image and is waited

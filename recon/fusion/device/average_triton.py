@@ -74,3 +74,54 @@ def average_kernel(
 def _rounded(value):
     """To the nearest integer, halves to the even one, for 0 <= value < 2^22."""
     return ((value + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def through_kernel(
+    coordinates, concerned, before, depths, cameras, constants, blocks, height, width,
+    STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds to concerned [views,blocks] uint8 the blocks among the first before [views] int64 that a view sees through.
+
+    cameras [views,STRIDE] float64 as `Cameras.packed`; constants float64: a block's side, and the share of it around
+    its centre that is looked at. Numbers of double precision come from memory: literals would be of single precision.
+    """
+    view = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < tl.minimum(tl.load(before + view), blocks)
+    side, part = tl.load(constants), tl.load(constants + 1)
+    bx = (tl.load(coordinates + row * 3, there, 0).to(tl.float64) + 0.5) * side
+    by = (tl.load(coordinates + row * 3 + 1, there, 0).to(tl.float64) + 0.5) * side
+    bz = (tl.load(coordinates + row * 3 + 2, there, 0).to(tl.float64) + 0.5) * side
+    c = cameras + view * STRIDE
+    fx, fy, cx, cy = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3)
+    x = tl.load(c + 16) * bx + tl.load(c + 17) * by + tl.load(c + 18) * bz + tl.load(c + 25)
+    y = tl.load(c + 19) * bx + tl.load(c + 20) * by + tl.load(c + 21) * bz + tl.load(c + 26)
+    z = tl.load(c + 22) * bx + tl.load(c + 23) * by + tl.load(c + 24) * bz + tl.load(c + 27)
+    free = there & (z > 0)
+    z = tl.where(free, z, 1.0)
+    u = _pixel(fx * x / z + cx + 0.5)
+    v = _pixel(fy * y / z + cy + 0.5)
+    half = _pixel(fx * part * side / z + 1)
+    nearest = z + side
+    image = depths + view * height * width
+    free = free & (_depth(image, u, v, height, width) > nearest)
+    for dv in tl.static_range(-1, 2):
+        for du in tl.static_range(-1, 2):
+            seen = _depth(image, u + du * half, v + dv * half, height, width)
+            free = free & ((seen <= 0) | (seen > nearest))
+    place = concerned + view * blocks + row
+    tl.store(place, tl.full([BLOCK], 1, tl.uint8), free)
+
+
+@triton.jit
+def _pixel(value):
+    """floor(value) within +-1e9."""
+    return tl.floor(tl.minimum(tl.maximum(value, -1e9), 1e9)).to(tl.int32)
+
+
+@triton.jit
+def _depth(image, u, v, height, width):
+    """Depth at integer pixels in double precision, 0 outside."""
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return tl.load(image + v * width + u, inside, 0.0).to(tl.float64)

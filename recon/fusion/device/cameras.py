@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Cameras:
 
     packed: torch.Tensor
     single: torch.Tensor
+    _cut: dict[tuple[int, int, int, bool], Vector] = field(default_factory=dict, repr=False, compare=False)
 
     def pinhole(self, ndim: int, single: bool = False) -> Pinhole:
         """fx, fy, cx, cy, each [V,1,...] with `ndim` axes."""
@@ -48,8 +49,11 @@ class Cameras:
         return [values[0:3], values[3:6], values[6:9]], values[9:12]
 
     def _columns(self, start: int, end: int, ndim: int, single: bool) -> Vector:
-        source = self.single if single else self.packed
-        return [source[:, i].reshape(-1, *(1,) * (ndim - 1)) for i in range(start, end)]
+        key = (start, end, ndim, single)
+        if key not in self._cut:  # two hundred views a time step otherwise
+            source = self.single if single else self.packed
+            self._cut[key] = [source[:, i].reshape(-1, *(1,) * (ndim - 1)) for i in range(start, end)]
+        return self._cut[key]
 
 
 class CameraCache:

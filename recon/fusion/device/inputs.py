@@ -33,6 +33,18 @@ def upload(
     return torch.where(good, depth, 0.0), tensor(view.image, device)
 
 
+def upload_all(
+    views: Sequence[PosedDepth], device: torch.device, max_depth: float, min_confidence: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`upload` of views of one size that `check_view` has passed: depths [V,H,W], images [V,H,W,3]."""
+    depths = torch.stack([tensor(view.depth, device).to(torch.float32) for view in views])
+    good = (depths > 0) & (depths <= max_depth)
+    for i, view in enumerate(views):
+        if view.confidence is not None and min_confidence > 0:
+            good[i] &= tensor(view.confidence, device) >= min_confidence
+    return torch.where(good, depths, 0.0), torch.stack([tensor(view.image, device) for view in views])
+
+
 def tensor(array: Any, device: torch.device) -> torch.Tensor:
     """The array as a contiguous tensor on `device`."""
     if not isinstance(array, torch.Tensor):

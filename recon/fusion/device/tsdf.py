@@ -12,9 +12,10 @@ import torch
 from recon.fusion import Map, Mesh, PointCloud
 from recon.fusion.device import raycast, update
 from recon.fusion.device.cameras import CameraCache, Cameras
-from recon.fusion.device.inputs import upload
+from recon.fusion.device.inputs import upload_all
 from recon.fusion.device.pool import BlockPool
 from recon.fusion.kernels.blocks import SIDE
+from recon.fusion.kernels.depth import check_view
 from recon.fusion.tsdf import Tsdf, TsdfMap, check_range, save_volume
 from recon.geometry.cameras import check_intrinsics, check_transform
 from recon.geometry.views import Array, DepthImage, PosedDepth
@@ -50,13 +51,13 @@ class DeviceTsdfMap(Map):
                 of views of one size, and those and later ones are not in the map.
         """
         o = self.options
-        prepared = [upload(view, self.device, o.max_depth, o.min_confidence) for view in views]
         for view in views:
+            check_view(view)
             check_range(view, o)
-        for _, run in groupby(range(len(views)), key=lambda i: prepared[i][0].shape):
-            some = list(run)
-            depths, images = (torch.stack([prepared[i][part] for i in some]) for part in (0, 1))
-            self._fuse(depths, images, self._cameras.of([views[i] for i in some]))
+        for _, run in groupby(views, key=lambda view: tuple(view.depth.shape)):
+            equal = list(run)
+            depths, images = upload_all(equal, self.device, o.max_depth, o.min_confidence)
+            self._fuse(depths, images, self._cameras.of(equal))
 
     def _fuse(self, depths: torch.Tensor, images: torch.Tensor, cameras: Cameras) -> None:
         """Average views [V,H,W] into the blocks near their surfaces, and into those that they see through."""
@@ -69,8 +70,7 @@ class DeviceTsdfMap(Map):
         concerned = torch.zeros((len(depths), self.pool.size), dtype=torch.bool, device=self.device)
         concerned.index_copy_(1, self.pool.find(touched), by)
         if o.carve:
-            through = update.seen_through(self.pool, depths, cameras, block)
-            concerned |= through & (torch.arange(self.pool.size, device=self.device) < before[:, None])
+            update.add_seen_through(self.pool, concerned, before, depths, cameras, block)
         update.average(self.pool, concerned, depths, images, cameras, o.voxel, o.truncation, o.weight_cap)
 
     def _grow(self, touched: torch.Tensor, by: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,19 @@ def seen_through(pool: BlockPool, depths: torch.Tensor, cameras: Cameras, block:
     return free
 
 
+def add_seen_through(
+    pool: BlockPool, concerned: torch.Tensor, before: torch.Tensor, depths: torch.Tensor, cameras: Cameras, block: float
+) -> None:
+    """Add to concerned [V,size] bool the blocks that a view sees through, among the first before [V] of them."""
+    if depths.is_cuda:
+        from recon.fusion.device.launch import seen_through as launched
+
+        launched(pool, concerned, before, depths, cameras, block)
+        return
+    there = torch.arange(pool.size, device=depths.device) < before[:, None]
+    concerned |= seen_through(pool, depths, cameras, block) & there
+
+
 def average(
     pool: BlockPool,
     concerned: torch.Tensor,
