@@ -1,115 +1,112 @@
-"""Depth Anything V2 on a CUDA GPU: the fast network beside plain compiled PyTorch, with errors against FP32.
+"""Depth Anything V2 on a CUDA GPU through engine=inductor, beside plain compiled PyTorch, with errors against FP32.
 
-    python benchmarks/depth_gpu.py --out depth_gpu.json [--sizes small base large] [--batches 1 8] [--modes peer fp16]
+    python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer                    # about 6 minutes
+    python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base   # about 3 minutes
 
-Needs torch and transformers. Seeded weights, 518x518, inputs on the GPU before the clock starts, CUDA events, warm-up
-10, 50 samples, raw samples in the JSON, which is written after every row. The peer is the plain network under FP16
-autocast through torch.compile with CUDA graphs, in the same run.
+Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
+JSON, which is written after every row. The peer is the plain network under FP16 autocast through torch.compile with
+CUDA graphs, in the same run. A batch is a network of that many images, which the command line has no option for.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import time
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vggt_gpu import SAMPLES, clocks, outputs_of, rel_l2, timed
+from gpu import SAMPLES, Shared, clear, errors, machine, peak_gib, percentiles, recipe, reference, session, timed
 
-from recon.depth.nets.depth_anything import DisparityNet, build, preprocess
-from recon.depth.nets.fast import FastDisparity
-from recon.geometry.preprocess import example_images
-from recon.kernels.graphs import Captured
-
-SIZE = (518, 518)
-LOW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float16}
+from recon.depth.depth_anything import DepthAnything
+from recon.engines.inductor import Inductor
+from recon.network import Network, TensorSpec
 
 
 def main() -> None:
     """Measure what the arguments ask for; print a row and write the JSON as each is done."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="*", default=["small", "base", "large"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--modes", nargs="*", default=["peer", "fp16", "bf16", "fp8"])
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--modes", nargs="*", default=["fp16", "bf16", "peer"])
+    parser.add_argument("--kernels", default="auto", help="engine.kernels")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
-    record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "latency": [],
-    }  # fmt: skip
+    record = machine()
     for size in arguments.sizes:
-        network = build(SIZE, seed=0, architecture=size, folder=None).cuda()
-        wanted = {batch: outputs_of(network, pictures(batch, 0)) for batch in arguments.batches}
-        for mode in arguments.modes:
-            module = network if mode == "peer" else fast_network(network, mode)
-            for batch in arguments.batches:
-                row = {"size": size, "batch": batch, "mode": mode} | measure(module, batch, wanted[batch])
-                record["latency"].append(row)
-                if arguments.profile and mode != "peer":
-                    record[f"profile_{size}_{mode}_{batch}"] = profile(module, batch)
-                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-                print(
-                    f"{size:6s} {mode:5s} batch {batch:2d}  p50 {row['p50_ms']:7.3f} ms  p99 {row['p99_ms']:7.3f} ms  "
-                    f"{row['p50_ms'] / batch:6.3f} ms an image  rel-L2 {row['depth_rel_l2']:.1e}  {row['clocks']}",
-                    flush=True,
+        shared = Shared(network_of(size, 1))
+        for batch in arguments.batches:
+            network = shared.at(network_of(size, batch))
+            wanted = reference(network, "cuda")
+            for mode in sorted(arguments.modes, key=lambda mode: mode == "peer"):  # it takes hooks off the module
+                found = (
+                    peer(network, wanted, arguments) if mode == "peer" else measure(network, mode, wanted, arguments)
                 )
-            del module
+                note(record, {"size": size, "batch": batch, "mode": mode} | found, arguments.out)
         torch.compiler.reset()
-        gc.collect()
+        clear()
 
 
-def fast_network(network: DisparityNet, mode: str) -> FastDisparity:
-    """The fast network; FP8 calibrated on other images than the measured ones."""
-    return network.to_inference(LOW[mode], fp8=[pictures(8, 1)] if mode == "fp8" else [])
+def network_of(size: str, batch: int) -> Network:
+    """As `depth=da2-<size> depth.weights=seeded:0 depth.image_size=[1,1]` has it, for a batch of images."""
+    option = DepthAnything(name=f"da2-{size}", architecture=size, weights="seeded:0", image_size=[1, 1])
+    found = option.network()
+    shape = (batch, *found.inputs["pixel_values"].shape[1:])
+
+    def example(seed: int) -> dict[str, torch.Tensor]:
+        images = [found.example(1000 * seed + i)["pixel_values"] for i in range(batch)]
+        return {"pixel_values": torch.cat(images)}
+
+    name = f"{option.name}-{'x'.join(map(str, shape))}"
+    return replace(found, name=name, inputs={"pixel_values": TensorSpec(shape)}, example=example)
 
 
-def measure(module: torch.nn.Module, batch: int, wanted: list[np.ndarray]) -> dict[str, Any]:
-    """Percentiles and error of one network at one batch."""
-    images = pictures(batch, 0)
-    torch.cuda.reset_peak_memory_stats()
-    if isinstance(module, FastDisparity):
-        call: Any = Captured(module, images)
-    else:
-        for (
-            part
-        ) in module.modules():  # hooks that record outputs, which no one asked for and torch.compile cannot trace
-            part._forward_hooks.clear()
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
-
-        def call(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with torch.inference_mode(), torch.autocast("cuda", torch.float16):
-                return compiled(images)  # type: ignore[no-any-return]
-
-    samples = timed(lambda: call(images), SAMPLES)
-    found = call(images)[0].float().cpu().numpy()
-    return {
-        "p50_ms": float(np.percentile(samples, 50)), "p90_ms": float(np.percentile(samples, 90)),
-        "p99_ms": float(np.percentile(samples, 99)), "depth_rel_l2": rel_l2(found, wanted[0]),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "clocks": clocks(), "samples_ms": samples,
-    }  # fmt: skip
+def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
+    """A session as engine=inductor opens it."""
+    engine = Inductor(name="inductor", device="cuda", kernels=arguments.kernels)
+    asked = recipe(network, mode, "cuda")
+    with tempfile.TemporaryDirectory() as folder, session(network, asked, engine, Path(folder)) as (running, facts):
+        feeds = {name: value.cuda() for name, value in network.example(0).items()}
+        clear()
+        found = [value.float().cpu().numpy() for value in running.infer(feeds).values()]
+        samples = timed(lambda: running.infer(feeds), arguments.samples)
+        return percentiles(samples) | {"peak_gib": peak_gib()} | errors(["depth"], found, wanted) | facts
 
 
-def profile(module: torch.nn.Module, batch: int) -> list[tuple[str, int, float]]:
-    """Kernels of one call: name, count, microseconds."""
-    images = pictures(batch, 0)
-    module(images)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-        module(images)
-        torch.cuda.synchronize()
-    rows = [(event.key[:120], event.count, float(event.self_device_time_total)) for event in record.key_averages()]
-    return sorted(rows, key=lambda row: -row[2])
+def peer(network: Network, wanted: list[np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The plain network as a user would run it. Hooks that record outputs, which no one asked for and torch.compile
+    cannot trace, are taken off."""
+    module = network.load().cuda()
+    for part in module.modules():
+        part._forward_hooks.clear()
+    inputs = [value.cuda() for value in network.example(0).values()]
+    clear()
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+            return compiled(*inputs)  # type: ignore[no-any-return]
+
+    samples = timed(call, arguments.samples)
+    found = [output.float().cpu().numpy() for output in call()]
+    return percentiles(samples) | {"peak_gib": peak_gib()} | errors(["depth"], found, wanted)
 
 
-def pictures(batch: int, seed: int) -> torch.Tensor:
-    """[batch,3,H,W] FP32, normalised as the network's processor does, on the GPU."""
-    images = torch.from_numpy(example_images(batch, (SIZE[1], SIZE[0]), seed)).permute(0, 3, 1, 2).contiguous()
-    return preprocess(images, SIZE).cuda()
+def note(record: dict[str, Any], row: dict[str, Any], out: Path) -> None:
+    """Keep a row, write the file, print the line."""
+    record["latency"].append(row)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    kernels = f"  {row['kernels']['effective']} {row['verdict']}" if "kernels" in row else ""
+    print(
+        f"{row['size']:6s} {row['mode']:8s} batch {row['batch']:2d}  p50 {row['p50_ms']:7.3f} ms  p99 {row['p99_ms']:7.3f}"
+        f" ms  {row['p50_ms'] / row['batch']:6.3f} ms an image  rel-L2 {row['depth_rel_l2']:.1e}{kernels}  {row['clocks']}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

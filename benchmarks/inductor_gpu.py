@@ -1,4 +1,5 @@
-"""engine=inductor on a GPU: packages of every format built, certified, compared with FP32 and timed. Needs torch alone.
+"""engine=inductor engine.kernels=inductor on a GPU: packages of every format built, certified, compared with FP32 and
+timed. Needs torch alone. Packages of recon's own kernels are measured by `vggt_gpu` and `depth_gpu`.
 
     python benchmarks/inductor_gpu.py --out inductor_gpu.json [--networks da-small vggt-mini vggt-twin] [--modes ...]
                                       [--jobs 6] [--autotune] [--samples 50] [--device cuda]
@@ -133,7 +134,8 @@ def recipe(found: Network, mode: str, device: str) -> Recipe:
 
 def build_one(name: str, mode: str, folder: Path, device: str, autotune: bool) -> None:
     """Build one package with its manifest: what a worker process does."""
-    found, engine = network(name), Inductor(name="inductor", device=device, max_autotune=autotune)
+    found = network(name)
+    engine = Inductor(name="inductor", device=device, max_autotune=autotune, kernels="inductor")
     path = package(folder, name, mode, autotune)
     asked = recipe(found, mode, device)
     obtain(path, "engine", "benchmark", lambda at: engine.build(Build(found, None, lambda: asked), at / path.name))
