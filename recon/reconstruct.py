@@ -18,6 +18,7 @@ from recon.console import busy, track
 from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
+from recon.geometry.preprocess import PixelPath
 from recon.geometry.scale import metric
 from recon.geometry.views import Bootstrap, Scale, View
 from recon.keyframes import KeyframeWriter, camera_of
@@ -61,6 +62,8 @@ class Reconstruction:
     map_stats: dict[str, float] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     losses: Losses = field(default_factory=Losses)
+    pixels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Way of the pixels of a camera's frames into every network, as `PixelPath` records it."""
 
     @property
     def frames(self) -> list[dict[str, Any]]:
@@ -84,6 +87,7 @@ class Reconstruction:
             "stream": self.stream,
             "source": self.source,
             "files_lost": self.losses.told,
+            "pixels": self.pixels,
             **self.log.metrics(),
         }
 
@@ -234,6 +238,8 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
 
     def observe(frame: FrameResult) -> None:
         attempt("keyframes", lambda: keyframes.offer(frame.view))
+        if frame.view.camera not in result.pixels:
+            result.pixels[frame.view.camera] = _pixels(config, frame.view)
         if config.viewer != "none":  # depth is copied from the device only where somebody looks at it
             viewer.frame(frame.view, frame.depth, frame.align.row())
         if board is not None and (camera := camera_of(streamer.bootstrap, frame.view)) is not None:
@@ -262,6 +268,12 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
     if result.log.seen and not result.log.accepted:
         reason, count = result.log.rejected.most_common(1)[0]
         log.warning("no frame of the stream was fused; most often: %s (%d of %d)", reason, count, result.log.seen)
+
+
+def _pixels(config: Config, view: View) -> dict[str, Any]:
+    """Good for every frame of the camera: its images all have one size."""
+    placed = {"model": config.model.placement(view.size), "depth": config.depth.placement(view.size)}
+    return {role: PixelPath(view.origin, found).record() for role, found in placed.items() if found is not None}
 
 
 def _write_depth(frame: FrameResult, scale: Scale, folder: Path) -> Path:

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from video_files import even, numbered, spoil, write_video
 
 from recon.config import Config, option
+from recon.geometry.preprocess import PixelPath
 from recon.pipeline import Run, finish, run
 from recon.sources import Source
 from recon.sources.state import totals
@@ -55,6 +57,23 @@ def rig(folder: Path) -> str:
     return str(folder / "rig.npz")
 
 
+def assert_pixels_come_back(record: dict[str, Any]) -> None:
+    """From what metrics.json says alone, as OpenCV would do it, and as our own reader of the record does it."""
+    corners = np.array([[[20.0, 15.0]], [[139.0, 15.0]], [[80.0, 60.0]], [[25.0, 104.0]]])
+    assert record.keys() == {"model", "depth"}
+    for one in record.values():
+        bent, placed = one["undistortion"], one["placement"]
+        K, K_view = np.array(bent["K_camera"]), np.array(bent["K_view"])
+        view = cv2.undistortPoints(corners, K, np.array(bent["coefficients"]), R=None, P=K_view)[:, 0]
+        factor = np.array(placed["resized"]) / placed["source"]
+        by_opencv = (view + 0.5) * factor - 0.5 + placed["corner"]
+        path = PixelPath.read(one)
+        np.testing.assert_allclose(path.to_network(corners[:, 0]), by_opencv, atol=0.01)
+        np.testing.assert_allclose(path.to_camera(by_opencv), corners[:, 0], atol=0.01)
+    assert record["model"]["placement"]["target"] == [56, 42]
+    assert record["depth"]["placement"]["target"] == [154, 112]
+
+
 def test_a_run_from_damaged_videos_says_what_it_lost(tmp_path: Path) -> None:
     left = write_video(tmp_path / "v" / "left.mp4", even(12), gop=4)
     write_video(tmp_path / "v" / "right.mkv", even(8, start=0.01))
@@ -62,6 +81,7 @@ def test_a_run_from_damaged_videos_says_what_it_lost(tmp_path: Path) -> None:
     source = Videos(name="videos", path=str(tmp_path / "v"), rig=rig(tmp_path))
     metrics = metrics_of(source, tmp_path)
     assert metrics["scale"] == {"unit": "m", "source": "known poses"}
+    assert_pixels_come_back(metrics["pixels"]["left"])
     sizes = {"left": [160, 120], "right": [160, 120]}
     asked = {"image_size": {"requested": [], "effective": [160, 120]}}
     assert metrics["from_source"] == {"image_sizes": sizes, "depth": asked}

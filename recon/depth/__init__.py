@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from recon.component import Component
 from recon.errors import ReconError
+from recon.geometry.preprocess import Placement
 from recon.geometry.views import DepthImage, DepthType, View
 from recon.network import Network
 
@@ -46,6 +47,10 @@ class Depth(Component):
     def for_images(self, sizes: Mapping[str, tuple[int, int]]) -> Depth:
         """This option for a source whose cameras have images of these sizes (width, height)."""
         return self
+
+    def placement(self, size: tuple[int, int]) -> Placement | None:
+        """How an image of this size (width, height) goes into the network's input; None where there is no network."""
+        return None
 
     def network(self) -> Network | None:
         """The network, or None where there is none (`recorded`)."""

@@ -16,7 +16,7 @@ import numpy as np
 from recon.artifact import file_hash
 from recon.depth import Depth
 from recon.errors import ReconError
-from recon.geometry.preprocess import example_images
+from recon.geometry.preprocess import Placement, example_images
 from recon.geometry.views import DepthImage, View
 from recon.network import Network, TensorSpec
 from recon.weights import Weights, download, resolve
@@ -137,6 +137,11 @@ class DepthAnything(Depth):
         found = torch.cat(answers)[: len(pixels)].to(images.device)
         return restore(found, (images.shape[1], images.shape[2]))
 
+    def placement(self, size: tuple[int, int]) -> Placement:
+        """Resized to the whole input, whatever its shape."""
+        target = self.size()[::-1]
+        return Placement(size, target, (0, 0), target)
+
     def size(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
         side = self.input_size or OWN_SIZE
@@ -200,6 +205,8 @@ def _tell_of_stretching(image: tuple[int, int], network: tuple[int, int]) -> Non
         if (image, network) in _told:
             return
         _told.add((image, network))
+    if network[::-1] in (keep_aspect(*image, side) for side in network):
+        return  # as near to the image's shape as an input of this size comes
     change = (network[0] / network[1]) / (image[0] / image[1])
     if not 0.95 < change < 1.05:
         log.warning(

@@ -114,6 +114,13 @@ class Undistortion:
             "size": list(self.size),
         }
 
+    @staticmethod
+    def read(record: dict[str, Any]) -> Undistortion:
+        """The undistortion that `record` describes."""
+        fisheye, size = record["model"] == "fisheye", tuple(record["size"])
+        lens = Lens(np.array(record["K_camera"]), tuple(record["coefficients"]), fisheye, size)
+        return Undistortion(lens, np.array(record["K_view"]), size)
+
     @cached_property
     def _maps(self) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
         """OpenCV's fixed-point tables, made once: resampling is twice as fast with them."""

@@ -85,6 +85,15 @@ class PixelPath:
         placement = {name: list(getattr(self.placement, name)) for name in ("source", "resized", "corner", "target")}
         return {"undistortion": self.undistortion.record() if self.undistortion else None, "placement": placement}
 
+    @staticmethod
+    def read(record: dict[str, Any]) -> PixelPath:
+        """The path that `record` describes."""
+        from recon.geometry.distortion import Undistortion
+
+        placement = Placement(**{name: tuple(value) for name, value in record["placement"].items()})
+        undistortion = record["undistortion"]
+        return PixelPath(Undistortion.read(undistortion) if undistortion else None, placement)
+
 
 def place(source: tuple[int, int], target: tuple[int, int], mode: str, multiple: int = 14) -> Placement:
     """How an image of size `source` goes into an input of size `target`, both (width, height).

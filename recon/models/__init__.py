@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from recon.component import Component
+from recon.geometry.preprocess import Placement
 from recon.geometry.views import Bootstrap, Scale, View
 from recon.network import Network
 
@@ -30,6 +31,10 @@ class Model(Component):
 
     def network(self, views: int) -> Network | None:
         """The network for this many views, or None where the model has none. Loads no weights."""
+        return None
+
+    def placement(self, size: tuple[int, int]) -> Placement | None:
+        """How an image of this size (width, height) goes into the network's input; None where there is no network."""
         return None
 
     def feeds(self, views: list[View]) -> dict[str, torch.Tensor]:

@@ -129,8 +129,12 @@ class VGGT(Model):
             T_given={view.camera: view.T_world_cam for view in views if view.T_world_cam is not None},
         )
 
+    def placement(self, size: tuple[int, int]) -> Placement:
+        """By `preprocess`, in steps of the patch."""
+        return place(size, (self.width, self.height), self.preprocess)
+
     def _placed(self, views: list[View]) -> tuple[list[Placement], list[Image]]:
-        placements = [place(view.size, (self.width, self.height), self.preprocess) for view in views]
+        placements = [self.placement(view.size) for view in views]
         return placements, [fit(view.image, placement) for view, placement in zip(views, placements, strict=True)]
 
     @property
