@@ -1,11 +1,11 @@
 """Depth Anything V2 on a CUDA GPU through engine=inductor, beside plain compiled PyTorch, with errors against FP32.
 
-    python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer                    # about 6 minutes
+    python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer peer-bf16          # about 7 minutes
     python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base   # about 3 minutes
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
-JSON, which is written after every row. The peer is the plain network under FP16 autocast through torch.compile with
-CUDA graphs, in the same run. A batch is a network of that many images, which the command line has no option for.
+JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through torch.compile
+with CUDA graphs, in the same run. A batch is a network of that many images, which the command line has no option for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from recon.depth.depth_anything import DepthAnything
 from recon.engines.inductor import Inductor
 from recon.network import Network, TensorSpec
 
+PEERS = {"peer": torch.float16, "peer-bf16": torch.bfloat16}
+
 
 def main() -> None:
     """Measure what the arguments ask for; print a row and write the JSON as each is done."""
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", nargs="*", default=["small", "base", "large"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--modes", nargs="*", default=["fp16", "bf16", "peer"])
+    parser.add_argument("--modes", nargs="*", default=["fp16", "bf16", "peer", "peer-bf16"])
     parser.add_argument("--kernels", default="auto", help="engine.kernels")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
@@ -43,10 +45,9 @@ def main() -> None:
         for batch in arguments.batches:
             network = shared.at(network_of(size, batch))
             wanted = reference(network, "cuda")
-            for mode in sorted(arguments.modes, key=lambda mode: mode == "peer"):  # it takes hooks off the module
-                found = (
-                    peer(network, wanted, arguments) if mode == "peer" else measure(network, mode, wanted, arguments)
-                )
+            for mode in sorted(arguments.modes, key=lambda mode: mode in PEERS):  # they take hooks off the module
+                act = peer if mode in PEERS else measure
+                found = act(network, mode, wanted, arguments)
                 note(record, {"size": size, "batch": batch, "mode": mode} | found, arguments.out)
         torch.compiler.reset()
         clear()
@@ -78,7 +79,7 @@ def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: ar
         return percentiles(samples) | {"peak_gib": peak_gib()} | errors(["depth"], found, wanted) | facts
 
 
-def peer(network: Network, wanted: list[np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
+def peer(network: Network, mode: str, wanted: list[np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
     """The plain network as a user would run it. Hooks that record outputs, which no one asked for and torch.compile
     cannot trace, are taken off."""
     module = network.load().cuda()
@@ -89,7 +90,7 @@ def peer(network: Network, wanted: list[np.ndarray], arguments: argparse.Namespa
     compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def call() -> tuple[torch.Tensor, ...]:
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16):
+        with torch.inference_mode(), torch.autocast("cuda", PEERS[mode]):
             return compiled(*inputs)  # type: ignore[no-any-return]
 
     samples = timed(call, arguments.samples)
@@ -102,11 +103,9 @@ def note(record: dict[str, Any], row: dict[str, Any], out: Path) -> None:
     record["latency"].append(row)
     out.write_text(json.dumps(record, indent=1) + "\n")
     kernels = f"  {row['kernels']['effective']} {row['verdict']}" if "kernels" in row else ""
-    print(
-        f"{row['size']:6s} {row['mode']:8s} batch {row['batch']:2d}  p50 {row['p50_ms']:7.3f} ms  p99 {row['p99_ms']:7.3f}"
-        f" ms  {row['p50_ms'] / row['batch']:6.3f} ms an image  rel-L2 {row['depth_rel_l2']:.1e}{kernels}  {row['clocks']}",
-        flush=True,
-    )
+    times = f"p50 {row['p50_ms']:7.3f} ms  p99 {row['p99_ms']:7.3f} ms  {row['p50_ms'] / row['batch']:6.3f} ms an image"
+    what = f"{row['size']:6s} {row['mode']:9s} batch {row['batch']:2d}"
+    print(f"{what}  {times}  rel-L2 {row['depth_rel_l2']:.1e}{kernels}  {row['clocks']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ network and recipe, certificate included) and measured through the session that 
 replay, copies of the outputs. The row says which kernels it got. Weights are seeded, so nothing is downloaded; timing
 does not depend on their values. Camera and depth heads, 518x518, inputs on the GPU before the clock starts, CUDA
 events, warm-up 10, 50 samples (10 from 64 views on), raw samples in the JSON, which is written after every row. FP8
-ranges come from other images than the measured ones. The peer is the plain network under BF16 autocast through torch.compile, in
-the same run. `host_ms` also holds the copies from and to pinned host memory; `spaced_ms` is the median of 12 calls
+ranges come from other images than the measured ones. The peer is the plain network under BF16 autocast through
+torch.compile, in the same run. `host_ms` also holds the copies from and to pinned host memory; `spaced_ms` is the median of 12 calls
 with 0.25 s of idling before each, which the card's power limit does not slow down. Peak memory is that of the session
 alone; one beyond `ALLOWED` ends the run with an error, one beyond twice `expected_gib` is noted.
 """
@@ -115,7 +115,7 @@ def expected_gib(views: int, mode: str) -> float:
     Per token, in units of 1024 channels: residual stream and its tapped copy 4 bytes each, four taps of both heads' 4
     bytes, and in a block query, key, value (6), their rotated copies (4), attention's and the projection's output, the
     norm (2 each) and twice the hidden layer (2 x 8): 50 bytes at most, though never all of it. Frames of a dense head
-    go through in chunks of `CHUNK`, of which four maps of 256 channels at half size and two of 128 at full size are alive.
+    go through in chunks of `CHUNK`, of which four maps of 256 channels at half size and two of 128 at full size live.
     Nothing else grows with the frames but images and outputs; so only the dense head needs chunks, up to hundreds of
     frames. The weights of VGGT-1B: 906 million in the blocks, 217 in the camera head, 33 in the dense head.
     """
