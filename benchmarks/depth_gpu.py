@@ -4,8 +4,9 @@
     python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base   # about 3 minutes
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
-JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through torch.compile
-with CUDA graphs, in the same run. A batch is a network of that many images, which the command line has no option for.
+JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through
+torch.compile with CUDA graphs, in the same run. A batch is a network of that many images; the command line has no
+option for it.
 """
 
 from __future__ import annotations

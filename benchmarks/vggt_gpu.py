@@ -11,9 +11,9 @@ replay, copies of the outputs. The row says which kernels it got. Weights are se
 does not depend on their values. Camera and depth heads, 518x518, inputs on the GPU before the clock starts, CUDA
 events, warm-up 10, 50 samples (10 from 64 views on), raw samples in the JSON, which is written after every row. FP8
 ranges come from other images than the measured ones. The peer is the plain network under BF16 autocast through
-torch.compile, in the same run. `host_ms` also holds the copies from and to pinned host memory; `spaced_ms` is the median of 12 calls
-with 0.25 s of idling before each, which the card's power limit does not slow down. Peak memory is that of the session
-alone; one beyond `ALLOWED` ends the run with an error, one beyond twice `expected_gib` is noted.
+torch.compile, in the same run. `host_ms` also holds the copies from and to pinned host memory; `spaced_ms` is the
+median of 12 calls with 0.25 s of idling before each, which the card's power limit does not slow down. Peak memory is
+that of the session alone; one beyond `ALLOWED` ends the run with an error, one beyond twice `expected_gib` is noted.
 """
 
 from __future__ import annotations

@@ -362,3 +362,50 @@ def test_the_versions_agree_and_the_file_holds_no_code(package: Path) -> None:
         int.from_bytes(package.read_bytes()[:8], "little") < package.stat().st_size
     )  # safetensors: a length, JSON, data
     assert json.loads(package.read_bytes()[8 : 8 + int.from_bytes(package.read_bytes()[:8], "little")])
+
+
+def mini(views: int) -> Network:
+    return shared(VGGT(name="vggt-mini", preset="vggt-mini", weights="seeded:0", height=112, width=112).network(views))
+
+
+def depth_mini() -> Network:
+    small = DepthAnything(name="da-mini", architecture="mini", weights="seeded:0", input_size=112, image_size=[1, 1])
+    return shared(small.network())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "rest", "limit"), [("bf16", "bf16", 3e-2), ("fp16", "fp16", 1e-2), ("fp8", "bf16", 0.15)]
+)
+@pytest.mark.parametrize("of", [depth_mini, lambda: mini(2), lambda: mini(9)])
+def test_packages_for_cuda(of: Any, precision: str, rest: str, limit: float, tmp_path: Path) -> None:
+    found = of()
+    asked = recipe(found, precision, rest)
+    path, facts = made(found, asked, tmp_path, device="cuda", kernels="auto")
+    assert read_manifest(path).effective["kernels"] == {"requested": "auto", "effective": "recon"}
+    told = {module: layer for layer in facts["certificate"]["engine"]["layers"] for module in layer["modules"]}
+    assert all((told[layer]["weight"], told[layer]["compute"]) == ("fp8", "fp8") for layer in asked.layers)
+    feeds = found.example(5)
+    cuda = {"device": "cuda"}
+    with (
+        engine(**cuda).load(path) as graph,
+        engine(cuda_graph=False, **cuda).load(path) as plain,
+        torch.inference_mode(),
+    ):
+        wanted = found.load().cpu()(*feeds.values())
+        for _ in range(3):
+            replayed, called = graph.infer(feeds), plain.infer(feeds)
+        for name, full in zip(found.outputs, wanted, strict=True):
+            assert rel(replayed[name].cpu(), full) < limit, name
+            assert rel(replayed[name], called[name]) < 1e-2, name
+
+
+@pytest.mark.gpu
+def test_heads_that_the_kernels_do_not_know_are_compiled_on_cuda(tmp_path: Path) -> None:
+    of = depth()  # its module is shared: on the CPU again afterwards
+    of.load().cpu()
+    path = tmp_path / "net.pt2"
+    with pytest.raises(ReconError, match=r"heads of 16 channels"):
+        engine(device="cuda").build(Build(of, None, lambda: Recipe(rest="bf16")), path)
+    facts = engine(device="cuda", kernels="auto").build(Build(of, None, lambda: Recipe(rest="bf16")), path)
+    assert "heads of 16 channels" in facts["effective"]["kernels"]["reason"]

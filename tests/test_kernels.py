@@ -94,6 +94,20 @@ def test_few_tokens_attention() -> None:
     assert torch.allclose(ops.few_tokens_attention(qkv, 2), wanted, atol=1e-5)
 
 
+def test_scores_may_be_multiplied_instead_of_queries() -> None:
+    q, k, v = draw(2, 9, 32), draw(2, 9, 32, seed=1), draw(2, 9, 32, seed=2)
+    wanted = reference.attention(0.3 * q, k, v, 2, torch.float32)
+    found = ops.attention(q, k, v, 2, torch.float32, bounded=False, score_scale=0.3)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_gain_multiplies_what_is_added() -> None:
+    x, change, gain, one = draw(5, 64), draw(5, 64, seed=1).bfloat16(), draw(64, seed=2), torch.ones(64)
+    total = x + change.float() * gain
+    ops.add_layer_norm(x, change, one, one, 1e-6, torch.float32, 1.0, gain)
+    assert torch.equal(x, total)
+
+
 # --- blocks and networks ---------------------------------------------------------------------------------------------
 
 
@@ -301,6 +315,11 @@ def test_layer_norms_on_the_gpu(dtype, width) -> None:
     wanted = reference.add_layer_norm(x, change, weight, bias, 1e-6, torch.float32, 3.0)
     assert rel(ops.add_layer_norm(y, change, weight, bias, 1e-6, dtype, 3.0).float(), wanted) < limit
     assert torch.equal(x, y)
+    y, gain = x.clone(), draw(width, seed=4, device="cuda")
+    wanted = reference.add_layer_norm(x := x - change, change, weight, bias, 1e-6, torch.float32, 3.0, gain)
+    found = ops.add_layer_norm(y := y - change, change, weight, bias, 1e-6, dtype, 3.0, gain)
+    assert rel(found.float(), wanted) < limit
+    assert rel(y, x) < 1e-6
     pair = (draw(2, 9, width, device="cuda"), draw(2, 9, width, seed=1, device="cuda"))
     weight, bias = draw(2 * width, seed=2, device="cuda"), draw(2 * width, seed=3, device="cuda")
     wanted = reference.joined_layer_norm(*pair, weight, bias, 1e-5, torch.float32, 5)
@@ -327,6 +346,9 @@ def test_attention_on_the_gpu(bounded, sequences, tokens, heads) -> None:
     q, k, v = qkv.reshape(sequences, tokens, -1).bfloat16().chunk(3, -1)
     found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=bounded)
     assert rel(found, reference.attention(q, k, v, heads, torch.float32)) < 5e-3
+    if not bounded:
+        found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=False, score_scale=0.7)
+        assert rel(found, reference.attention(q, k, v, heads, torch.float32, 1.0, 0.7)) < 5e-3
 
 
 @cuda

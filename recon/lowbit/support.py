@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 from recon.errors import ReconError
@@ -36,6 +36,15 @@ def device_name(device: str) -> str:
 
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} (sm{major}{minor})"
+
+
+def current(device: str) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one: kernels that are not torch's own go to it."""
+    if device == "cpu":
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
 
 
 @contextmanager

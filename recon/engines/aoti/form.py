@@ -7,6 +7,8 @@ A package is one `safetensors` file: converted weights, and as metadata the iden
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +27,7 @@ from recon.kernels import FORM_VERSION
 from recon.kernels.form import CAPABILITY, FastNetwork, rebuild
 from recon.kernels.record import Recorder
 from recon.lowbit.fast import dtype_of, why_not, why_too_wide
-from recon.lowbit.support import device_name, full_fp32
+from recon.lowbit.support import current, device_name, full_fp32
 from recon.network import Network, TensorSpec
 
 EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
@@ -44,6 +46,8 @@ def why_not_on(device: str) -> str:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: F401
     except ImportError as error:
         return f"recon's kernels need Triton with Gluon, and here is none ({error})"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "Triton compiles what launches a kernel with a C compiler, and there is none on the PATH"
     return ""
 
 
@@ -89,7 +93,7 @@ def _observed(network: FastNetwork, of: Network, device: str) -> tuple[list[dict
     origins, tensors = network.origins(), network.tensors()
     feeds = [of.example(EXAMPLE_SEEDS[0])[name].to(device) for name in of.inputs]
     recorder = Recorder({name: tensors[name] for name in origins})
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), current(device), recorder:
         outputs = network(*feeds)
     products = [entry | {"modules": list(origins.get(entry["tensor"], ()))} for entry in recorder.products]
     specs = {
@@ -122,6 +126,8 @@ def opened(path: Path, identity: Identity, device: str) -> FastNetwork:
             f"{path}: holds a fast network of version {form.get('version')}; this recon reads {FORM_VERSION}",
             "run stages=[build] again",
         )
+    if reason := why_not_on(device):
+        raise ReconError(f"{path}: {reason}", "engine.kernels=inductor builds a package that needs no Triton")
     try:
         with safe_open(path, framework="pt", device="cuda:0" if device == "cuda" else device) as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

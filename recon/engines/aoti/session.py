@@ -13,7 +13,7 @@ from recon.engines import Session
 from recon.engines.aoti import form
 from recon.engines.aoti.package import Identity
 from recon.errors import ReconError
-from recon.lowbit.support import full_fp32
+from recon.lowbit.support import current, full_fp32
 from recon.machine import MIB, rss_mib
 
 WARM_UP = 2  # runs before a capture: kernels are loaded in the first
@@ -43,7 +43,12 @@ class InductorSession(Session):
             raise self.closed_error()
         tensors = [feeds[name] for name in self.inputs]
         before = self._held_mib() if self._first_run_mib is None else 0.0
-        with torch.inference_mode(), self._lock, full_fp32(self.device if self._exact else "cpu"):
+        with (
+            torch.inference_mode(),
+            self._lock,
+            current(self.device),
+            full_fp32(self.device if self._exact else "cpu"),
+        ):
             outputs = self._replayed(tensors) if self._graphs else self._called(tensors)
         if self._first_run_mib is None:
             self._first_run_mib = max(0.0, self._held_mib() - before)
