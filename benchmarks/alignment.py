@@ -1,6 +1,10 @@
 """Scale and shift alignment against its acceptance figures A1 to A6.
 
-    python benchmarks/alignment.py --data DIR [--out FILE.json]
+    python benchmarks/alignment.py --data DIR [--out FILE.json] [--device cpu]
+
+With --device the fits are those of `recon.geometry.align_torch` on that device, as the stream makes them where the map
+lies on a GPU: A1 to A3 one frame at a time, A5 and A6 all streams in one batch; A4 is then the wall time of a batch of
+eight cameras, figures fetched, and has no bound.
 
 DIR holds `views.npz` (depth of a fused map and of the sensor, [40,480,640] uint16 millimetres each) and `simulate.py`,
 which makes the disparity of an affine-invariant network from sensor depth: random gain and shift, 5 % smooth
@@ -27,8 +31,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recon.geometry.align import Fit, fit, samples, to_depth
-from recon.live.align import Align
+from recon.geometry.align import AlignOptions, Fit, fit, samples, to_depth
+from recon.live.align import Align, AlignResult, CameraAligner
 
 PIXELS = 5000
 STREAM_GATES = Align(min_coverage=0.0, min_span=0.5)
@@ -108,7 +112,45 @@ def judge(draw: Draw, found: Fit) -> dict[str, float]:
     }
 
 
-def single_frames(data: Data, outliers: float, ghosts: float = 0.0, prior: bool = False) -> list[dict[str, Any]]:
+def batched(device: str) -> Callable[..., Fit]:
+    """`fit` by `align_torch` on a device, for samples that are in random order already."""
+    import torch
+
+    from recon.geometry import align_torch as twin
+
+    options = AlignOptions()
+
+    def one(d: np.ndarray, y: np.ndarray, prior: tuple[float, float] | None, rng: np.random.Generator) -> Fit:
+        tensors = [torch.from_numpy(np.asarray(part, np.float64)).to(device)[None] for part in (d, y, 1 / y)]
+        valid = torch.ones_like(tensors[0], dtype=torch.bool)
+        found = twin.Samples(*tensors, valid, valid.sum(1), torch.ones_like(tensors[0][:, 0]))
+        seeds = torch.tensor([int(rng.integers(1 << 31))], device=device)
+        start = torch.tensor([prior or (np.nan, np.nan)], dtype=torch.float64, device=device)
+        fitted = twin.fit(found, start, twin.draw(seeds, found, options), options)
+        far = torch.zeros_like(found.overlap)
+        return twin.fits(twin.figures(found, fitted, far).cpu().numpy(), options, 0.0)[0]
+
+    return one
+
+
+def updates(
+    aligners: list[CameraAligner], predictions: list[np.ndarray], seen: np.ndarray, frame: int, device: str
+) -> list[AlignResult]:
+    """One frame of each aligner, on the host or in one batch on a device."""
+    if not device:
+        return [one.update(prediction, seen, frame) for one, prediction in zip(aligners, predictions, strict=True)]
+    import torch
+
+    from recon.live.device_align import DeviceAligner
+
+    maps = torch.from_numpy(np.stack([seen] * len(aligners))).to(device)
+    batch = torch.from_numpy(np.stack(predictions)).to(device)
+    return DeviceAligner(aligners[0]).update_all(aligners, batch, maps, [frame] * len(aligners))
+
+
+def single_frames(
+    data: Data, outliers: float, ghosts: float = 0.0, prior: bool = False, fitter: Callable[..., Fit] = fit
+) -> list[dict[str, Any]]:
     """Fit every draw; with `prior`, from the oracle made wrong by 5 % in s and 0.02 /m in t, signs at random."""
     found = []
     for draw in draws(data, outliers, ghosts, per_view=1 if ghosts else 2):
@@ -116,7 +158,7 @@ def single_frames(data: Data, outliers: float, ghosts: float = 0.0, prior: bool 
         if prior:
             sign = draw.rng.choice([-1, 1], 2)
             start = (draw.oracle[0] * (1 + 0.05 * sign[0]), draw.oracle[1] + 0.02 * sign[1])
-        result = fit(draw.d, draw.y, start, draw.rng)
+        result = fitter(draw.d, draw.y, start, draw.rng)
         found.append({**judge(draw, result), "source": result.source})
     return found
 
@@ -140,7 +182,27 @@ def cost(data: Data, rounds: int = 3) -> dict[str, list[float]]:
     return found
 
 
-def stream(data: Data, frames: int, seed: int, coverage: float | None, options: Align) -> dict[str, list[float]]:
+def cost_of_batch(data: Data, device: str, rounds: int = 30) -> dict[str, list[float]]:
+    """Wall time in ms of the fits of eight cameras on a device, after two that are not counted."""
+    import torch
+
+    from recon.live.device_align import DeviceAligner
+
+    some = [draw for draw, _ in zip(draws(data, 0.2, per_view=1), range(8), strict=False)]
+    aligners = [Align().aligner(str(i), "disparity", metric=True) for i in range(len(some))]
+    batch = torch.from_numpy(np.stack([draw.disparity for draw in some]).astype(np.float32)).to(device)
+    maps = torch.from_numpy(np.stack([draw.map_m[2::4, 2::4] for draw in some]).astype(np.float32)).to(device)
+    ours, found = DeviceAligner(aligners[0], graphs=True), []
+    for k in range(rounds + 2):
+        start = time.perf_counter()
+        ours.update_all(aligners, batch, maps, [k] * len(some))
+        found.append((time.perf_counter() - start) * 1e3)
+    return {"batch_wall": found[2:]}
+
+
+def stream(
+    data: Data, frames: int, seed: int, coverage: float | None, options: Align, device: str = ""
+) -> dict[str, list[float]]:
     """AbsRel per frame, percent, of a stream aligned by `CameraAligner` and by independent fits (`raw`).
 
     Each view stands for frames/views frames, with 0 to 30 % new objects and a distortion drawn anew each frame. Gain
@@ -164,9 +226,9 @@ def stream(data: Data, frames: int, seed: int, coverage: float | None, options: 
         d, y, _ = samples(inverse.astype(np.float32), seen, np.random.default_rng([seed, k]), PIXELS)
         free = fit(d, y, None, np.random.default_rng([seed, k]))
         found["raw"].append(_absrel(inverse, free.s, free.t, sensor_m, static))
-        for name, gain in gains.items():
-            prediction = ((inverse + 0.1) * gain[k]).astype(np.float32)
-            result = aligners[name].update(prediction, seen, k)
+        predictions = {name: ((inverse + 0.1) * gain[k]).astype(np.float32) for name, gain in gains.items()}
+        results = updates(list(aligners.values()), list(predictions.values()), seen, k, device)
+        for (name, prediction), result in zip(predictions.items(), results, strict=True):
             if result.s is not None and result.t is not None:
                 found[name].append(_absrel(prediction, result.s, result.t, sensor_m, static))
             if name == "constant":
@@ -224,7 +286,10 @@ def rows_single(samples_of: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[s
     yield "A3: frames beyond 10 %, %", 0.0, beyond("A3")
 
 
-def rows_cost(times: dict[str, list[float]]) -> Iterator[tuple[str, float, float]]:
+def rows_cost(times: dict[str, list[float]]) -> Iterator[tuple[str, float | None, float]]:
+    if "batch_wall" in times:
+        yield "A4 eight cameras: wall ms, median", None, float(np.median(times["batch_wall"]))
+        return
     yield "A4 RANSAC, 5000 pixels: CPU ms, median", 6.0, float(np.median(times["ransac_cpu"]))
     yield "A4 prior, 5000 pixels: CPU ms, median", 1.5, float(np.median(times["prior_cpu"]))
     yield "A4 reruns that differ, %", 0.0, float(100 * (1 - np.mean(times["same"])))
@@ -244,16 +309,17 @@ def rows_stream(poor: list[dict[str, list[float]]], good: list[dict[str, list[fl
         yield f"A6 good view, {name}: AbsRel over raw, points", 0.1, mean(good, name) - mean(good, "raw")
 
 
-def measure(data: Data, frames: int = 250) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows (figure, target, measured, passed) and the raw samples behind them."""
+def measure(data: Data, frames: int = 250, device: str = "") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows (figure, target, measured, passed) and the raw samples behind them. device: see the module; empty: host."""
+    fitter = batched(device) if device else fit
     raw: dict[str, Any] = {
-        "A1_20": single_frames(data, 0.2),
-        "A1_30": single_frames(data, 0.3),
-        "A2": single_frames(data, 0.1, ghosts=0.3),
-        "A3": single_frames(data, 0.5, prior=True),
-        "A4": cost(data),
-        "A5": [stream(data, frames, seed, 0.12, STREAM_GATES) for seed in (0, 1)],
-        "A6": [stream(data, frames, seed, None, Align()) for seed in (0, 1)],
+        "A1_20": single_frames(data, 0.2, fitter=fitter),
+        "A1_30": single_frames(data, 0.3, fitter=fitter),
+        "A2": single_frames(data, 0.1, ghosts=0.3, fitter=fitter),
+        "A3": single_frames(data, 0.5, prior=True, fitter=fitter),
+        "A4": cost_of_batch(data, device) if device else cost(data),
+        "A5": [stream(data, frames, seed, 0.12, STREAM_GATES, device) for seed in (0, 1)],
+        "A6": [stream(data, frames, seed, None, Align(), device) for seed in (0, 1)],
     }
     figures = [*rows_single(raw), *rows_cost(raw["A4"]), *rows_stream(raw["A5"], raw["A6"])]
     rows = [
@@ -268,8 +334,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with views.npz and simulate.py")
     parser.add_argument("--out", type=Path, help="JSON with the rows and the raw samples")
     parser.add_argument("--frames", type=int, default=250, help="frames of each stream of A5 and A6")
+    parser.add_argument("--device", default="", help="cpu or cuda: the batched fits there instead of the host's")
     options = parser.parse_args()
-    rows, raw = measure(load(options.data), options.frames)
+    rows, raw = measure(load(options.data), options.frames, options.device)
     for row in rows:
         target = "" if row["target"] is None else f"<= {row['target']:g}"
         verdict = {None: "", True: "pass", False: "FAIL"}[row["passed"]]

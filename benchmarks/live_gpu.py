@@ -7,7 +7,7 @@
 
 Static cameras in a rendered room with moving objects; every camera gives a frame at every tick, and the newest wins:
 what is not taken is dropped and counted. Images are decoded before the clock starts (`--decode` puts that into the
-loop); from then on the loop is that of `recon.live`: one copy in, depth network, reference, alignment, moving things, fusion.
+loop); from then on the loop is that of `recon.live`: one copy in, depth, reference, alignment, moving things, fusion.
 `latency_ms` counts from the tick to the moment at which the frame is in the map and its figures are on the host.
 
 --depth network+oracle (the default): the network (Depth Anything V2, seeded weights) runs on every image and is waited
@@ -182,7 +182,16 @@ def stream(
     rows: list[dict[str, Any]] = []
     latency: list[float] = []
     align = Align(render_width=arguments.render_width)
-    streamer = Streamer(source, depth, pool, bootstrap, fused, anchor, align, StreamOptions(ahead=arguments.ahead))
+    streamer = Streamer(
+        source,
+        depth,
+        pool,
+        bootstrap,
+        fused,
+        anchor,
+        align,
+        StreamOptions(ahead=arguments.ahead, cuda_graph=arguments.graph),
+    )
 
     def observe(frame: FrameResult) -> None:
         rows.append(frame.row())
@@ -273,7 +282,7 @@ def settings(arguments: argparse.Namespace, network: DepthAnything, recording: R
         **(ran if arguments.depth != "oracle" else {}),
         "depth_handed_on": "the network's own" if arguments.depth == "da-mini" else ORACLE,
         "fusion": arguments.fusion, "voxel_m": arguments.voxel, "render_width": arguments.render_width,
-        "workers": arguments.workers, "ahead": arguments.ahead,
+        "workers": arguments.workers, "ahead": arguments.ahead, "cuda_graph": arguments.graph,
     }  # fmt: skip
 
 
@@ -325,6 +334,9 @@ def main() -> int:
     parser.add_argument("--ahead", type=int, default=2)
     parser.add_argument("--decode", action="store_true", help="decode JPEG in the loop")
     parser.add_argument("--profile", type=float, default=0.0, metavar="SECONDS", help="also profile a stream this long")
+    parser.add_argument(
+        "--no-graph", dest="graph", action="store_false", help="launch the fits one operation at a time"
+    )
     parser.add_argument("--fusion", choices=("tsdf", "surfel"), default="tsdf")
     parser.add_argument("--voxel", type=float, default=0.02)
     parser.add_argument("--render-width", type=int, default=160)

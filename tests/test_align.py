@@ -318,9 +318,10 @@ def worst(found: list[dict], key: str) -> float:
     ],
 )
 def test_a1_to_a3_on_real_depth(benchmark, data, outliers, ghosts, prior, median_bias, near_far_bias):
-    found = benchmark.single_frames(data, outliers, ghosts, prior)
-    assert worst(found, "median_bias") < median_bias
-    assert worst(found, "near_far_bias") < near_far_bias
+    for fitter in (benchmark.fit, benchmark.batched("cpu")):  # on the host, and as on a GPU
+        found = benchmark.single_frames(data, outliers, ghosts, prior, fitter)
+        assert worst(found, "median_bias") < median_bias
+        assert worst(found, "near_far_bias") < near_far_bias
 
 
 def test_a4_cost(benchmark, data):
@@ -336,6 +337,9 @@ def test_a5_and_a6_streams(benchmark, data):
     good = benchmark.stream(data, 16, 0, None, Align())
     assert np.mean(good["constant"]) < np.mean(good["raw"]) + 0.3
     assert np.mean(good["accepted"]) > 0.9
+    batched = benchmark.stream(data, 8, 0, None, Align(), "cpu")
+    assert np.mean(batched["constant"]) < np.mean(batched["raw"]) + 0.3
+    assert np.mean(batched["accepted"]) == 1
 
 
 def test_options_are_used():

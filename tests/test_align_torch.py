@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import astuple
 from pathlib import Path
@@ -166,9 +167,11 @@ def test_depth_and_its_far_share_are_the_hosts(device: str) -> None:
 @DEVICE
 def test_real_frames_give_the_hosts_fit(data_dir: Path, device: str) -> None:
     """Real map and sensor depth, simulated disparity: all pixels of the map at 80x60, so only the order differs."""
-    from test_align import simulator
-
-    module = simulator(data_dir / "alignment")
+    spec = importlib.util.spec_from_file_location("alignment_simulate", data_dir / "alignment" / "simulate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     with np.load(data_dir / "alignment" / "views.npz", allow_pickle=False) as arrays:
         maps, sensors = arrays["map_depth_mm"][:8] / 1000, arrays["sensor_depth_mm"][:8] / 1000
     predictions = [module.simulate(sensors[i], np.random.default_rng(i), outliers=0.2)[0] for i in range(8)]

@@ -320,7 +320,7 @@ def _condition(d: Tensor, z: Tensor, near: Tensor) -> Tensor:
     return largest * largest / (a * c - b * b)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=None)  # never dropped: recorded graphs read what it returned
 def _between(
     image: tuple[int, ...], shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, int, int, Tensor, Tensor]:

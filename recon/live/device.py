@@ -20,7 +20,7 @@ from recon.geometry.cameras import scale_intrinsics
 from recon.geometry.views import Array, PosedDepth, View
 from recon.live.align import AlignResult
 from recon.live.clock import Moments
-from recon.live.device_align import to_depth, update_all, uploaded
+from recon.live.device_align import DeviceAligner, to_depth, uploaded
 from recon.live.device_movers import DeviceMovers
 from recon.live.frame import FrameResult
 from recon.live.reader import Batch
@@ -48,17 +48,20 @@ class DeviceStep(Step):
     """See the module. Cameras of different sizes are worked on in runs of equal ones, in order.
 
     Differs from the host's step in what the live map adds to a reference (`DeviceReference`): that is the map before
-    the batch, not with the cameras before it fused.
+    the batch, not with the cameras before it fused. graphs: replay the fits as one CUDA graph.
     """
 
+    graphs: bool = True
     device: torch.device = field(init=False)
     reference: DeviceReference = field(init=False)
+    aligner: DeviceAligner = field(init=False)
     movers: DeviceMovers = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.fused.device is not None
         self.device = self.fused.device
         self.reference = DeviceReference(self.anchor, self.fused, self.options.render_width)
+        self.aligner = DeviceAligner(next(iter(self.aligners.values())), self.graphs)
         self.movers = DeviceMovers(self.options.moving_frames, self.options.moving_tolerance)
 
     def submit(self, batch: Batch) -> list[Run]:
@@ -112,7 +115,7 @@ class DeviceStep(Step):
         work.moments.mark()
         reference, work.anchored = self.reference.render_all(views, cameras)
         work.moments.mark()
-        work.aligned = update_all(aligners, prediction, reference, [view.frame for view in views])
+        work.aligned = self.aligner.update_all(aligners, prediction, reference, [view.frame for view in views])
         taken = [row for row, result in enumerate(work.aligned) if result.accepted]
         still: Tensor | None = None
         if taken:

@@ -17,25 +17,41 @@ from recon.geometry import align_torch
 from recon.geometry.align_torch import INDEX, Found, Samples
 from recon.geometry.views import Array
 from recon.live.align import AlignResult, CameraAligner
+from recon.live.replay import Replayed
 
 
-def update_all(
-    aligners: Sequence[CameraAligner], prediction: torch.Tensor, map_depth: torch.Tensor, frames: Sequence[int]
-) -> list[AlignResult]:
-    """`CameraAligner.update` for one frame of each of C cameras, whose options and depth type are the same.
+class DeviceAligner:
+    """Fits for aligners whose options and depth type are the same; `like` is one of them.
 
-    prediction: [C,H,W] float32, NaN where there is none; map_depth: [C,h,w] float32, 0 = none.
+    graphs: replay the fits as one CUDA graph.
     """
-    start = time.perf_counter()
-    found = _figures(aligners, prediction, map_depth, frames).cpu().numpy()
-    ms = (time.perf_counter() - start) * 1e3
-    results = []
-    for aligner, row, frame, fit in zip(
-        aligners, found, frames, align_torch.fits(found, aligners[0].fit_options, ms), strict=True
-    ):
-        far_share = partial(float, row[INDEX["far_share"]])
-        results.append(aligner.judge(fit, float(row[INDEX["overlap"]]), far_share, frame))
-    return results
+
+    def __init__(self, like: CameraAligner, graphs: bool = False) -> None:
+        self.like = like
+        self._figures = Replayed(partial(_figures, like), graphs)
+
+    @torch.inference_mode()
+    def update_all(
+        self,
+        aligners: Sequence[CameraAligner],
+        prediction: torch.Tensor,
+        map_depth: torch.Tensor,
+        frames: Sequence[int],
+    ) -> list[AlignResult]:
+        """`CameraAligner.update` for one frame of each of C cameras.
+
+        prediction: [C,H,W] float32, NaN where there is none; map_depth: [C,h,w] float32, 0 = none.
+        """
+        start = time.perf_counter()
+        rows = np.array([_row(aligner, frame) for aligner, frame in zip(aligners, frames, strict=True)])
+        known = uploaded(rows, prediction.device)
+        found = self._figures(prediction, map_depth, known).cpu().numpy()
+        fits = align_torch.fits(found, self.like.fit_options, (time.perf_counter() - start) * 1e3)
+        results = []
+        for aligner, row, frame, fit in zip(aligners, found, frames, fits, strict=True):
+            far_share = partial(float, row[INDEX["far_share"]])
+            results.append(aligner.judge(fit, float(row[INDEX["overlap"]]), far_share, frame))
+        return results
 
 
 def to_depth(aligner: CameraAligner, prediction: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
@@ -50,13 +66,11 @@ def uploaded(rows: Array, device: torch.device) -> torch.Tensor:
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
-@torch.inference_mode()
 def _figures(
-    aligners: Sequence[CameraAligner], prediction: torch.Tensor, map_depth: torch.Tensor, frames: Sequence[int]
+    one: CameraAligner, prediction: torch.Tensor, map_depth: torch.Tensor, known: torch.Tensor
 ) -> torch.Tensor:
-    one, gates = aligners[0], aligners[0].options
-    known = uploaded(np.array([_row(aligner, frame) for aligner, frame in zip(aligners, frames, strict=True)]),
-                     prediction.device)  # fmt: skip
+    """All figures of the fits; known: [C,3] from `_row`. Waits for nothing."""
+    gates = one.options
     seeds = known[:, 2].to(torch.int64)
     found = align_torch.samples(prediction, map_depth, seeds, gates.pixels, positive=not one.affine)
     if not one.affine:

@@ -56,8 +56,9 @@ def step_for(
     options: Align,
     aligners: dict[str, CameraAligner],
     camera: Callable[[View], tuple[Array, Array]],
+    graphs: bool = True,
 ) -> Step:
-    """The step of the map's device.
+    """The step of the map's device. graphs: on CUDA, replay what can be replayed as a CUDA graph.
 
     Raises:
         ReconError: the depth engine runs on another device than the map.
@@ -71,7 +72,7 @@ def step_for(
             f"the map is on {fused.device} (fusion.device), and the depth engine runs on {pool.device}",
             f"run both on {fused.device} (engine.device, engine.provider or engine=tensorrt), or set fusion.device=cpu",
         )
-    return DeviceStep(pool, fused, anchor, options, aligners, camera)
+    return DeviceStep(pool, fused, anchor, options, aligners, camera, graphs)
 
 
 @dataclass

@@ -43,6 +43,9 @@ class StreamOptions:
     rebootstrap_after: int = 0
     """Bootstrap anew after so many time steps in a row in which most cameras failed the gates; 0 = never."""
 
+    cuda_graph: bool = True
+    """With the map on CUDA: replay the fits of a batch as one CUDA graph, instead of a thousand launches."""
+
     def check(self) -> None:
         """Raises ReconError for impossible values."""
         for name, least in (("ahead", 1), ("latency_budget_ms", 0), ("rebootstrap_after", 0)):
@@ -169,4 +172,5 @@ class Streamer:
             camera: self.align.aligner(camera, self.depth.type, metric, self.starts.get(camera))
             for camera in self.source.cameras()
         }
-        self.step = step_for(self.pool, self.fused, anchor, self.align, self.aligners, self._camera)
+        graphs = self.options.cuda_graph
+        self.step = step_for(self.pool, self.fused, anchor, self.align, self.aligners, self._camera, graphs)

@@ -85,4 +85,4 @@ def cameras(packed: Array, device: torch.device) -> Cameras:
     """Rows of `pack_camera` [V,28] on `device`."""
     shifted = packed.copy()
     shifted[:, 2:4] += 0.5
-    return Cameras(*(torch.from_numpy(part).to(device) for part in (packed, shifted.astype(np.float32))))
+    return Cameras(torch.from_numpy(packed).to(device), torch.from_numpy(shifted.astype(np.float32)).to(device))
