@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from video_files import even, numbered, spoil, write_video
 
 from recon.artifact import read_manifest, verify
 from recon.config import Config, option
-from recon.geometry.views import View
-from recon.options import HandoverOptions
+from recon.depth import Depth
+from recon.depth.recorded import Recorded
+from recon.geometry.views import DepthImage, View
 from recon.pipeline import Run, finish, run
+from recon.sources import Source
 from recon.sources.synthetic import Synthetic
 from recon.store import Store
 
@@ -45,6 +51,24 @@ def command(folder: Path, *words: str, file_limit: int = 0) -> subprocess.Comple
         [sys.executable, "-m", "recon", *words],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit,
     )  # fmt: skip
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The same without waiting for its end."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "recon", *words],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_frames(folder: Path, process: subprocess.Popen[str], limit_s: float = 90.0) -> None:
+    """Until rows of frames reach the disk."""
+    end = time.monotonic() + limit_s
+    while not any(path.stat().st_size for path in folder.glob("outputs/runs/*/*/frames.jsonl.part")):
+        assert time.monotonic() < end, "the stream never started"
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -117,31 +141,37 @@ class FillsUp(Synthetic):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_is_full_while_streaming_costs_rows_and_images_but_not_the_map(tmp_path: Path) -> None:
-    known = replace(option("source", "synthetic"), width=96, height=72, steps=20, moving=0).settings()
+def reconstructed(folder: Path, source: Source, depth: Depth, **changes: Any) -> dict[str, Any]:
+    """metrics.json of the reconstruct stage alone, with poses and bootstrap depth of the source."""
     config = Config(
         model=option("model", "recorded"),
-        depth=option("depth", "recorded"),
+        depth=depth,
         quant_mode=option("quant_mode", "none"),
         precision=option("precision", "fp32"),
         engine=option("engine", "torch"),
-        source=FillsUp(**known, bytes=5000),
+        source=source,
         fusion=replace(option("fusion", "surfel"), voxel=0.1),
         tracking=option("tracking", "none"),
-        handover=HandoverOptions(keyframe_shift=0.0),
         stages=["reconstruct"],
-        save_per_frame_depth=True,
-        output=str(tmp_path / "outputs"),
+        output=str(folder / "outputs"),
     )
-    folder = tmp_path / "outputs" / "runs" / "day" / "one"
-    folder.mkdir(parents=True)
-    state = Run(config, folder, Store(config))
+    place = folder / "outputs" / "runs" / "day" / "one"
+    place.mkdir(parents=True)
+    state = Run(replace(config, **changes), place, Store(replace(config, **changes)))
     run(state)
     finish(state)
-    metrics = metrics_of(tmp_path)
+    return metrics_of(folder)
+
+
+def test_a_disk_that_is_full_while_streaming_costs_rows_and_images_but_not_the_map(tmp_path: Path) -> None:
+    known = replace(option("source", "synthetic"), width=96, height=72, steps=20, moving=0).settings()
+    metrics = reconstructed(
+        tmp_path, FillsUp(**known, bytes=5000), option("depth", "recorded"), save_per_frame_depth=True
+    )
     assert metrics["files_lost"].keys() == {"frames.jsonl", "depth of frames"}
     assert "File too large after" in metrics["files_lost"]["frames.jsonl"]
     assert (metrics["frames_file"], metrics["frames_seen"]) == (None, 80)
+    (folder,) = tmp_path.glob("outputs/runs/*/*")
     assert 0 < len(list(folder.glob("depth_metric/*.npz"))) < metrics["frames_fused"]
     assert {"map_updated.ply", "calibration.json", "keyframes"} <= {path.name for path in folder.iterdir()}
     assert not [path for path in folder.rglob("*") if path.name.startswith((".", "frames.jsonl"))]
@@ -157,3 +187,67 @@ def test_a_disk_too_full_for_the_map_ends_the_run_with_one_message(tmp_path: Pat
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert not {name for name in left if name.endswith((".ply", ".part", ".rrd", ".tmp"))}
     assert not left & {"metrics.json", "manifest.json", "calibration.json"}
+
+
+@dataclass
+class FailsOnce(Recorded):
+    """Recorded depth whose worker fails on one frame."""
+
+    def predict(self, view: View, session: object) -> DepthImage:
+        if (view.camera, view.frame) == ("cam1", 2):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().predict(view, None)
+
+
+def test_a_depth_worker_that_fails_costs_its_frame_and_is_reported(tmp_path: Path) -> None:
+    source = replace(option("source", "synthetic"), width=96, height=72, steps=3, moving=0)
+    metrics = reconstructed(tmp_path, source, FailsOnce(**option("depth", "recorded").settings()))
+    reason = "no depth: RuntimeError: CUDA error: device-side assert triggered"
+    assert metrics["frames_rejected"] == {reason: 1}
+    assert (metrics["frames_seen"], metrics["frames_fused"], metrics["stream"]["depth_failures"]) == (12, 11, 1)
+    (row,) = [row for row in metrics["frames"] if not row["accepted"]]
+    assert (row["camera"], row["frame"], row["reason"]) == ("cam1", 2, reason)
+    assert metrics["files_lost"] == {}
+
+
+@pytest.mark.parametrize("stages", ["[depth]", "[reconstruct,handover]"])
+def test_a_full_disk_in_other_stages_leaves_nothing_whole(tmp_path: Path, stages: str) -> None:
+    """Videos outgrow the limit while they are written; of the hand-over, the model does."""
+    limit = 30_000 if stages == "[depth]" else 150_000
+    done = command(tmp_path, *RECORDED, "source.steps=25", f"stages={stages}", file_limit=limit)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    assert "Traceback" not in text
+    assert text.count("error:") == 1
+    assert "remedy:" in text
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert not {name for name in left if name.endswith((".mp4", ".tmp", ".part", ".bin"))}
+    assert not left & {"metrics.json", "manifest.json", "handover", "handover.json"}
+
+
+def test_live_cameras_drop_what_comes_while_the_map_is_busy_until_somebody_stops_them(tmp_path: Path) -> None:
+    """Two recordings played at 60 Hz, which no network here keeps up with, and Ctrl-C."""
+    for name, shade in (("front", 0), ("left", 1)):
+        write_video(tmp_path / f"{name}.mp4", even(1800, 60), shade=shade)
+    words = [
+        "source=webcams",
+        "source.devices=[front=front.mp4,left=left.mp4]",
+        "depth=da-mini",
+        *SMALL[:3],
+        *SMALL[5:],
+    ]
+    process = start(tmp_path, *words, "stages=[reconstruct,report]")
+    wait_for_frames(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    metrics = metrics_of(tmp_path)
+    assert metrics["stream"]["stopped_by"] == "SIGINT"
+    seen = {name: [row["frame"] for row in metrics["frames"] if row["camera"] == name] for name in ("front", "left")}
+    for name, frames in seen.items():
+        row = metrics["source"]["cameras"][name]
+        assert row["dropped"] > 0
+        assert row["delivered"] + row["dropped"] <= row["captured"] < 1800
+        assert all(later > earlier for earlier, later in pairwise(frames))
+        assert frames[-1] - frames[0] + 1 > len(frames)  # the newest won
+    assert metrics["source"]["skew_ms"]["max"] <= 50

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from recon.artifact import atomic_file
+from recon.artifact import atomic_file, writable
 from recon.errors import Refused
 from recon.geometry.views import Image
 from recon.options import CODECS
@@ -45,25 +45,31 @@ class VideoFile:
         self._first_s: float | None = None
 
     def write(self, image: Image, time_s: float | None) -> None:
-        """Append one [H,W,3] uint8 image with even sides, all of one size, at its time (None: at the next of `fps`)."""
+        """Append one [H,W,3] uint8 image with even sides, all of one size, at its time (None: at the next of `fps`).
+
+        Raises:
+            ReconError: the disk is full or the folder cannot be written.
+        """
         import av
 
-        if self._container is None:
-            self._open(image.shape[1], image.shape[0])
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.time_base = Fraction(1, TICKS)
-        frame.pts = self._last = max(self._last + 1, self._ticks(time_s))
-        self._count += 1
-        for packet in self._stream.encode(frame):
-            self._container.mux(packet)
+        with writable(self.path.parent):
+            if self._container is None:
+                self._open(image.shape[1], image.shape[0])
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.time_base = Fraction(1, TICKS)
+            frame.pts = self._last = max(self._last + 1, self._ticks(time_s))
+            self._count += 1
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
 
     def close(self) -> bool:
-        """Finish the file; False where nothing was written, and then there is none."""
+        """Finish the file; False where nothing was written, and then there is none. Raises as `write`."""
         if self._container is None:
             return False
-        for packet in self._stream.encode():
-            self._container.mux(packet)
-        self._container.close()
+        with writable(self.path.parent):
+            for packet in self._stream.encode():
+                self._container.mux(packet)
+            self._container.close()
         self._container = None
         self._stack.close()
         return True
@@ -71,7 +77,8 @@ class VideoFile:
     def discard(self) -> None:
         """Drop what was written."""
         if self._container is not None:
-            self._container.close()
+            with suppress(OSError):  # a full disk: the end does not fit either
+                self._container.close()
             self._container = None
             self._stack.__exit__(RuntimeError, RuntimeError("discarded"), None)
 
