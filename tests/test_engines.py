@@ -1,5 +1,6 @@
 """Engines, the reference harness, and options that this version refuses."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -126,17 +127,23 @@ def test_providers_that_are_not_installed_are_refused() -> None:
             OnnxRuntime(name="onnxruntime", provider=provider).check()
 
 
-def test_a_provider_fallback_is_refused(onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel that claims CUDA on a machine whose CUDA does not load: ONNX Runtime itself then falls back."""
-    claimed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime really has CUDA")
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: claimed)
-    with pytest.warns(UserWarning, match="not in available"), pytest.raises(ReconError, match="fall back to the CPU"):
-        OnnxRuntime(name="onnxruntime", provider="cuda").optimise(onnx_file, tmp_path / "cuda.engine")
-    if not torch.cuda.is_available():
-        with pytest.raises(ReconError, match="no CUDA device"):
-            OnnxRuntime(name="onnxruntime", provider="cuda").load(onnx_file)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the provider works")
+@pytest.mark.parametrize(("provider", "message"), [("cuda", "fall back to the CPU"), ("tensorrt", "do not load")])
+def test_a_provider_fallback_is_refused(
+    onnx_file: Path, provider: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU wheel where CUDA does not load, or (without one) a wheel that claims it: ONNX Runtime itself falls back."""
+    full = f"{'CUDA' if provider == 'cuda' else 'Tensorrt'}ExecutionProvider"
+    engine = OnnxRuntime(name="onnxruntime", provider=provider)
+    if full not in onnxruntime.get_available_providers():
+        message = "fall back to the CPU"
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [full, "CPUExecutionProvider"])
+    with warnings.catch_warnings(), pytest.raises(ReconError, match=message):
+        warnings.simplefilter("ignore", UserWarning)  # `not in available provider names`
+        engine._open(onnx_file, engine._options("basic"), provider)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ReconError, match="no CUDA device"):
+        engine.load(onnx_file)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ class OnnxRuntime(Engine):
                 options,
                 providers=[(PROVIDERS[provider], settings or {})],
                 disabled_optimizers=list(held_back.off),
+                enable_fallback=0,  # else it prints the reason and tries the CPU
             )
         except Exception as error:  # its exceptions have no common base but Exception
             reason = str(error).strip().splitlines()[0]
@@ -180,6 +181,11 @@ class OnnxRuntime(Engine):
                 raise ReconError(
                     f"engine.provider={provider}: {path.name} would fall back to the CPU, wholly or in part",
                     "the provider's libraries do not load, or it lacks an operator; or choose engine.provider=cpu",
+                ) from error
+            if "Please install" in reason:
+                raise ReconError(
+                    f"engine.provider={provider}: its libraries do not load: {reason.partition('Please ')[2]}",
+                    "the first line that ONNX Runtime printed names the library; or choose engine.provider=cpu",
                 ) from error
             if isinstance(error, MemoryError) or "alloc" in reason:
                 weights = sum(file.stat().st_size for file in (path, data_file(path)) if file.exists()) / MIB
