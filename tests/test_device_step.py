@@ -181,3 +181,27 @@ def test_a_configuration_with_map_and_depth_apart_is_refused(engine: str, change
         with pytest.raises(ReconError, match=r"fusion.device=cuda: .* on cpu"):
             _check_devices(config)
     _check_devices(SimpleNamespace(**vars(config) | {"depth": option("depth", "recorded")}))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_gives_what_single_launches_give() -> None:
+    """Every frame of a stream, the second of which records and the others replay; and a batch that lacks a camera."""
+    from recon.geometry.views import Array
+    from recon.live.device_align import DeviceAligner
+
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(1, 4, (3, 48, 64)).astype(np.float32)
+    results: list[list[Array]] = []
+    for graphs in (False, True):
+        aligners = [ALL.aligner(name, "disparity", metric=True) for name in "abc"]
+        ours, found = DeviceAligner(aligners[0], graphs), []
+        for k in range(6):
+            cameras = 2 if k == 4 else 3
+            prediction = torch.from_numpy((1 / depth[:cameras] + 0.1 * k) / (1 + k)).to("cuda")
+            maps = torch.from_numpy(depth[:cameras]).to("cuda")
+            done = ours.update_all(aligners[:cameras], prediction, maps, [k] * cameras)
+            found.append(np.array([(one.s, one.t) for one in done]))
+        results.append(found)
+    for alone, replayed in zip(*results, strict=True):
+        np.testing.assert_allclose(replayed, alone, rtol=1e-9)
+        assert np.isfinite(replayed).all()
