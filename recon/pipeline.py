@@ -24,7 +24,7 @@ from recon.errors import ReconError
 from recon.live.pool import DepthAnythingPool
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
 from recon.report import write_report
-from recon.store import Store, built, calibrated, exported
+from recon.store import Store, built, calibrated, certified, exported
 from recon.tracking import Record
 
 
@@ -118,7 +118,7 @@ def sensitivity(run: Run) -> str:
 def build(run: Run) -> str:
     """ONNX to engines, each compared with the FP32 torch module."""
     if not run.config.engine.builds:
-        return f"not needed: engine={run.config.engine.name} runs the torch module itself"
+        return _looked_into(run)
     outcomes = []
     for network in run.store.networks().values():
         artifact = built(run.store, network)
@@ -133,6 +133,23 @@ def build(run: Run) -> str:
         run.record.metrics |= {f"accuracy/{network.name}_{key}": value for key, value in accuracy.items()}
         run.record.tags |= {f"verdict/{network.name}": f"{certificate['verdict']}: {certificate['sentence']}"[:500]}
     return _joined(outcomes, run)
+
+
+def _looked_into(run: Run) -> str:
+    """Certificates of an engine that builds no file; the FP32 module needs none, others are compared with it."""
+    how = f"engine={run.config.engine.name} runs the torch module itself"
+    if run.store.plain:
+        return f"not needed: {how}, in FP32; no certificate, it is what others are compared with"
+    outcomes = []
+    for network in run.store.networks().values():
+        certificate = certified(run.store, network)
+        effective = {"engine": run.config.engine.settings(), "verdict": certificate["verdict"]}
+        facts = {"certificate": certificate, "accuracy": {}}
+        run.metrics.setdefault("engines", {})[network.name] = {"facts": facts, "effective": effective}
+        run.record.metrics[f"certificate/{network.name}_share"] = certificate["share"]
+        run.record.tags |= {f"verdict/{network.name}": f"{certificate['verdict']}: {certificate['sentence']}"[:500]}
+        outcomes.append(f"{network.name} {certificate['verdict']}: {certificate['sentence']}")
+    return f"{how}: " + "; ".join(outcomes)
 
 
 def benchmark(run: Run) -> str:
@@ -177,7 +194,10 @@ def reconstruct(run: Run) -> str:
         waiting = max(2, config.stream.ahead) * len(config.source.cameras())
         pool = stack.enter_context(
             DepthAnythingPool(
-                depth, workers=workers, waiting=waiting, predict=config.depth.predict,
+                depth,
+                workers=workers,
+                waiting=waiting,
+                predict=config.depth.predict,
                 predict_all=config.depth.predict_all,
             )  # fmt: skip
         )

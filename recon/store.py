@@ -266,6 +266,15 @@ def built(store: Store, network: Network) -> Artifact:
     return found
 
 
+def certified(store: Store, network: Network) -> dict[str, Any]:
+    """The certificate of an engine that builds no file. Raises ReconError where a requested format is absent."""
+    from recon.certificate import certify_module
+
+    recipe, asked = store.recipe(network), _asked(store, network)
+    with busy(f"Looking into {network.name}"):
+        return certify_module(store.config.engine, network, recipe, store.requested(network), asked)
+
+
 def _proof(store: Store, network: Network, onnx: Artifact | None, facts: dict[str, Any], file: Path) -> dict[str, Any]:
     """Certificate and accuracy of a built file, for its manifest. `facts`: of the build, for engines without a graph.
 

@@ -15,14 +15,15 @@ from onnx import numpy_helper
 from small_network import images, network, seeded
 
 from recon.artifact import manifest_path
-from recon.certificate import Asked, Verdict, certify
+from recon.certificate import Asked, Verdict, certify, certify_module
 from recon.certificate.text import lines
 from recon.config import Config, option
 from recon.engines import Build, Engine, Session
 from recon.engines.onnxruntime import OnnxRuntime
+from recon.engines.torch import Torch
 from recon.errors import ReconError
 from recon.export import ExportOptions, export
-from recon.formats import Inspection, LayerFormat, Ranges
+from recon.formats import Inspection, LayerFormat, Ranges, Recipe
 from recon.graph.layers import module_path
 from recon.precision import Precision
 from recon.quant import QuantMode
@@ -381,3 +382,55 @@ def test_the_page_that_says_which_mode_when_knows_every_option_and_no_other() ->
         assert named == {file.stem for file in (CONF / group).glob("*.yaml")}
     verdicts = page[page.index("| verdict |") :].split("\n\n")[0].splitlines()[2:]
     assert {row.split("|")[1].strip(" `") for row in verdicts} == set(get_args(Verdict))
+
+
+@pytest.mark.parametrize(
+    ("mode_name", "precision_name", "compute", "weight"),
+    [
+        ("torch-int8-dynamic", "fp32", "int8", "int8"),
+        ("bitsandbytes-nf4", "bf16", "bf16", "nf4"),
+        ("modelopt-fp8", "fp32", "fp8", "fp8"),
+        ("none", "int8", "int8", "int8"),
+        ("none", "bf16", "bf16", "bf16"),
+    ],
+)
+def test_engine_torch_is_certified_by_what_it_dispatches(
+    mode_name: str, precision_name: str, compute: str, weight: str
+) -> None:
+    mode, precision = option("quant_mode", mode_name), option("precision", precision_name)
+    assert isinstance(mode, QuantMode)
+    assert isinstance(precision, Precision)
+    if mode.tool and not mode.tool_version():
+        pytest.skip(f"{mode.tool} is not installed: {mode.install}")
+    precision.rest = "fp32"
+    infos = layer_infos(seeded(), images(0))
+    recipe = make_recipe(network(), mode, precision, Ranges(dict.fromkeys(infos, 4.0), {}, "max", "", 1, "test"))
+    found = certify_module(option("engine", "torch"), network(), recipe, {}, asked_of(mode, precision, infos))  # type: ignore[arg-type]
+    told = {layer["modules"][0]: (layer["compute"], layer["weight"]) for layer in found["engine"]["layers"]}
+    assert found["verdict"] == "achieved", found["sentence"]
+    assert told["qkv"] == told["out"] == (compute, weight)
+    assert told["stem"] == (precision.rest_format, precision.rest_format)
+    assert any("attention" in kernel for kernel in found["engine"]["kernels"])
+
+
+def test_engine_torch_that_simulates_or_drops_a_mode_is_told() -> None:
+    mode, precision = option("quant_mode", "torch-int8-dynamic"), option("precision", "fp32")
+    assert isinstance(mode, QuantMode)
+    assert isinstance(precision, Precision)
+    infos = layer_infos(seeded(), images(0))
+    recipe, asked = make_recipe(network(), mode, precision, None), asked_of(mode, precision, infos)
+    found = certify_module(Torch(name="torch", simulate=True), network(), recipe, {}, asked)
+    assert found["verdict"] == "partial"
+    assert found["elsewhere"] == dict.fromkeys(("qkv", "out"), "computed in fp32")
+    half = replace(recipe, layers={"qkv": recipe.layers["qkv"]}, weights={"qkv": recipe.weights["qkv"]})
+    found = certify_module(Torch(name="torch"), network(), half, {}, asked)
+    assert found["verdict"] == "partial"
+    assert found["elsewhere"] == {"out": "stored as fp32, computed in fp32"}
+    with pytest.raises(ReconError, match=r"int8 w8a8 dynamic \(quant_mode\) is in none of the engine's layers"):
+        certify_module(Torch(name="torch"), network(), Recipe(infos=infos), {}, asked)
+
+
+def asked_of(mode: QuantMode, precision: Precision, infos: dict[str, Any]) -> Asked:
+    formats = {"quant_mode": mode.layer_format(), "precision": precision.layer_format()}
+    groups = {by: form for by, form in formats.items() if form is not None}
+    return Asked(assign(infos, mode, precision), groups, infos, precision.rest_format)

@@ -1,6 +1,5 @@
 """Engines, the reference harness, and options that this version refuses."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +126,7 @@ def test_providers_that_are_not_installed_are_refused() -> None:
             OnnxRuntime(name="onnxruntime", provider=provider).check()
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the provider works")
 @pytest.mark.parametrize(("provider", "message"), [("cuda", "fall back to the CPU"), ("tensorrt", "do not load")])
 def test_a_provider_fallback_is_refused(
@@ -138,8 +138,7 @@ def test_a_provider_fallback_is_refused(
     if full not in onnxruntime.get_available_providers():
         message = "fall back to the CPU"
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [full, "CPUExecutionProvider"])
-    with warnings.catch_warnings(), pytest.raises(ReconError, match=message):
-        warnings.simplefilter("ignore", UserWarning)  # `not in available provider names`
+    with pytest.raises(ReconError, match=message):
         engine._open(onnx_file, engine._options("basic"), provider)
     assert capsys.readouterr().out == ""
     with pytest.raises(ReconError, match="no CUDA device"):

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recon.certificate.recount import Recount, recount
 from recon.errors import ReconError
-from recon.formats import EngineLayer, Inspection, LayerFormat, LayerInfo, Ranges, RestFormat
+from recon.formats import EngineLayer, Inspection, LayerFormat, LayerInfo, Ranges, Recipe, RestFormat
 from recon.onnxgraph import WIDTHS
 
 if TYPE_CHECKING:
     from recon.engines import Engine
+    from recon.network import Network
 
 log = logging.getLogger(__name__)
 
 Verdict = Literal["achieved", "partial", "absent", "unverified"]
 WHOLE = 0.99  # share of multiply-adds from which a format counts as carried out, when no layer lacks it
+COMPUTED = "computed in"  # how a layer's departure begins when its weight is stored as asked
 NAMED = 4  # layers that a sentence names
 
 
@@ -67,20 +69,40 @@ def certify(
     """
     asked = asked if asked is not None else stated(source)
     graph = recount(onnx) if onnx is not None else None
-    seen = engine.inspect(file)
+    facts = graph.facts(asked.layers) if graph is not None else dict(source.get("graph", {}))
+    return _certificate(file.name, engine.name, engine.inspect(file), requested, asked, graph, facts)
+
+
+def certify_module(
+    engine: Engine, network: Network, recipe: Recipe, requested: Mapping[str, Any], asked: Asked
+) -> dict[str, Any]:
+    """The certificate of an engine that builds no file, judged by what its module computes in. Raises as `certify`."""
+    seen = engine.look(network, recipe)
+    return _certificate(f"{network.name} in {engine.name}", engine.name, seen, requested, asked, None, {})
+
+
+def _certificate(
+    what: str,
+    engine: str,
+    seen: Inspection,
+    requested: Mapping[str, Any],
+    asked: Asked,
+    graph: Recount | None,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     judged = _judge(asked, graph, seen)
     certificate = {
         "requested": _requested(requested, asked),
-        "graph": graph.facts(asked.layers) if graph is not None else dict(source.get("graph", {})),
+        "graph": dict(facts),
         "engine": _engine_facts(engine, seen, asked),
         "without_effect": without_effect(asked),
         **judged,
     }
     if idle := certificate["without_effect"]:
-        log.warning("%s: %s", file.name, idle)
+        log.warning("%s: %s", what, idle)
     if judged["verdict"] == "absent":
         raise ReconError(
-            f"{file.name}: {judged['sentence']}",
+            f"{what}: {judged['sentence']}",
             "the engine is not what was asked for, so it is not kept; this is a fault of the writer or of the engine",
         )
     return certificate
@@ -170,9 +192,10 @@ def _absent(asked: Asked, lacking: Mapping[str, str], graph: Recount | None) -> 
 
 
 def _absent_from_engine(asked: Asked, elsewhere: Mapping[str, str]) -> str:
+    """As `_absent`, of engines without a graph. Weights that are stored as asked are there, however multiplied."""
     for option, form in asked.groups.items():
         wanted = [path for path, layer in asked.layers.items() if layer.by == option]
-        if wanted and all(path in elsewhere for path in wanted):
+        if wanted and all(not elsewhere.get(path, COMPUTED).startswith(COMPUTED) for path in wanted):
             return f"absent: {form.label} ({option}) is in none of the engine's layers: {_some(elsewhere, wanted)}"
     return ""
 
@@ -200,7 +223,7 @@ def _differs(layer: EngineLayer, form: LayerFormat | None, rest: str) -> str:
     if form is not None and form.exact and WIDTHS.get(layer.weight, 0) > WIDTHS[form.weight]:
         parts.append(f"stored as {layer.weight}")
     if compute != expected:
-        parts.append(f"computed in {compute}")
+        parts.append(f"{COMPUTED} {compute}")
     return ", ".join(parts)
 
 
@@ -248,11 +271,11 @@ def _requested(requested: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
     }
 
 
-def _engine_facts(engine: Engine, seen: Inspection, asked: Asked) -> dict[str, Any]:
+def _engine_facts(engine: str, seen: Inspection, asked: Asked) -> dict[str, Any]:
     """Treated layers one by one, the rest counted."""
     treated = [layer for layer in seen.layers if layer.weight or set(layer.modules) & set(asked.layers)]
     return {
-        "name": engine.name,
+        "name": engine,
         "unseen": seen.unseen,
         "layers": [{key: value for key, value in asdict(layer).items() if value} for layer in treated],
         "computed_in": dict(Counter(layer.compute for layer in seen.layers)),

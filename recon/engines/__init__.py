@@ -116,6 +116,10 @@ class Engine(Component):
     def inspect(self, path: Path) -> Inspection:
         """Format and kernel of every layer of a built file, as the engine itself reports them."""
 
+    def look(self, network: Network, recipe: Recipe) -> Inspection:
+        """As `inspect`, of an engine that builds no file: what its session computes in."""
+        raise AssertionError(f"engine={self.name} builds a file: inspect it")
+
     def versions(self) -> dict[str, str]:
         """Tool and device versions that a built file depends on: part of its cache key."""
         return {}

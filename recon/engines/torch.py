@@ -124,10 +124,20 @@ class Torch(Engine):
     def session(self, network: Network, path: Path | None, recipe: Callable[[], Recipe] = Recipe) -> Session:
         """The FP32 module itself; with a recipe that says more than FP32, the module as the recipe changes it."""
         self.check()
-        asked, module = recipe(), network.load()
-        if not asked.plain:
-            from recon.lowbit.apply import prepare
+        return TorchSession(network, self._module(network, recipe()), self.device)
 
-            examples = [network.example(seed) for seed in EXAMPLE_SEEDS]
-            module = prepare(module, asked, examples, simulate=self.simulate)
-        return TorchSession(network, module, self.device)
+    def look(self, network: Network, recipe: Recipe) -> Inspection:
+        """Every product of one inference of the module that `session` runs, as PyTorch dispatches it."""
+        from recon.engines.eager.inspection import inspect
+
+        self.check()
+        return inspect(self._module(network, recipe).to(self.device).eval(), network.inputs, self.device)
+
+    def _module(self, network: Network, recipe: Recipe) -> torch.nn.Module:
+        module = network.load()
+        if recipe.plain:
+            return module
+        from recon.lowbit.apply import prepare
+
+        examples = [network.example(seed) for seed in EXAMPLE_SEEDS]
+        return prepare(module, recipe, examples, simulate=self.simulate)

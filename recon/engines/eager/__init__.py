@@ -1,0 +1,1 @@
+"""Helpers of engine=torch: what its modules compute in."""
