@@ -267,7 +267,11 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
     }
     if result.log.seen and not result.log.accepted:
         reason, count = result.log.rejected.most_common(1)[0]
-        log.warning("no frame of the stream was fused; most often: %s (%d of %d)", reason, count, result.log.seen)
+        doubt = result.bootstrap.notes.get("pose_confidence", "")
+        log.warning(
+            "no frame of the stream was fused, the map is that of the bootstrap; most often: %s (%d of %d)%s",
+            reason, count, result.log.seen, f"; confidence in the bootstrap: {doubt}" if doubt else "",
+        )  # fmt: skip
 
 
 def _pixels(config: Config, view: View) -> dict[str, Any]:

@@ -25,6 +25,13 @@ td,th{padding:.25rem .8rem;border-bottom:1px solid #dde3ea;text-align:left}
 .note{color:#5a6675}
 """
 
+DOUBTS = {
+    "pose_confidence": "Confidence in the depth's scale",
+    "scale_confidence": "Confidence in the scale",
+    "known_poses_unused": "The cameras are the network's own",
+}
+"""Notes of the bootstrap that say how far to trust the map's unit, with the words of the report."""
+
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
     """Rows of equal keys as a table; the first row's keys are the head."""
@@ -90,7 +97,9 @@ def _map_note(metrics: dict[str, Any]) -> str:
     unit = f"metres, from {scale['source']}" if scale["unit"] == "m" else "arbitrary: no scale source was given"
     held = ", ".join(f"{count} {reason}" for reason, count in metrics["frames_rejected"].items()) or "none"
     fused = f"{metrics['frames_fused']} of {metrics['frames_seen']} frames fused; not fused: {held}."
-    return f"<p class=note>Unit: {html.escape(unit)}. {html.escape(fused)}</p>"
+    doubts = [f"{what}: {metrics['bootstrap'][key]}." for key, what in DOUBTS.items() if key in metrics["bootstrap"]]
+    lost = [f"Not written: {name} ({reason})." for name, reason in metrics["files_lost"].items()]
+    return f"<p class=note>{html.escape(' '.join([f'Unit: {unit}.', fused, *doubts, *lost]))}</p>"
 
 
 def _rows(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ from recon.depthvideo.keep import DepthFiles
 from recon.depthvideo.recorder import Recorder
 from recon.errors import ReconError
 from recon.geometry.views import View
+from recon.live.framelog import RowFile
 from recon.live.stopping import stop_on_signals
 
 if TYPE_CHECKING:
@@ -38,44 +40,62 @@ FAILURES_IN_A_ROW = 20
 
 @dataclass
 class DepthResult:
-    """What the stage found out: one row per camera and frame; files written; the signal that ended it, if one did."""
+    """What the stage found out: one row per camera and frame in `log`; files written; the signal that ended it, if any.
+
+    lost: frames without depth by reason. times_ms: of the network, for the others.
+    """
 
     type: str
-    frames: list[dict[str, Any]] = field(default_factory=list)
+    log: RowFile
+    lost: Counter[str] = field(default_factory=Counter)
+    times_ms: array[float] = field(default_factory=lambda: array("f"))
+    lost_in_a_row: int = 0
+    why: str = ""
+    """Of the last frame that was lost."""
     seconds: float = 0.0
     stopped: str = ""
     source: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
 
+    def add(self, row: dict[str, Any]) -> None:
+        """Count one frame and write its row."""
+        self.log.write(row)
+        if row["lost"]:
+            self.why = row["lost"]
+            self.lost[self.why] += 1
+            self.lost_in_a_row += 1
+        else:
+            self.times_ms.append(row["ms_depth"])
+            self.lost_in_a_row = 0
+
     def metrics(self) -> dict[str, Any]:
         """The part of metrics.json that this stage answers for."""
-        lost = Counter(row["lost"] for row in self.frames if row["lost"])
         return {
             "depth_type": self.type,
-            "frames_seen": len(self.frames),
-            "frames_lost": dict(lost),
+            "frames_seen": self.log.seen,
+            "frames_lost": dict(self.lost),
+            "files_lost": {self.log.path.name: self.log.lost} if self.log.lost else {},
             "stopped_by": self.stopped,
             "source": self.source,
             "seconds": self.seconds,
             **{name.removeprefix("depth/"): value for name, value in self.summary().items()},
-            "frames": self.frames,
+            **self.log.metrics(),
         }
 
     def summary(self) -> dict[str, float]:
         """Single values for the tracker: latency of the depth network per frame, frames per second of the stage."""
-        times = [row["ms_depth"] for row in self.frames if not row["lost"]]
-        found = {"depth/frames": float(len(times))}
-        if times:
-            found |= {f"depth/latency_ms_p{p}": float(np.percentile(times, p)) for p in (50, 99)}
-            found["depth/frames_per_s"] = len(times) / max(self.seconds, 1e-9)
+        found = {"depth/frames": float(len(self.times_ms))}
+        if self.times_ms:
+            found |= {f"depth/latency_ms_p{p}": float(np.percentile(self.times_ms, p)) for p in (50, 99)}
+            found["depth/frames_per_s"] = len(self.times_ms) / max(self.seconds, 1e-9)
         return found
 
     def outcome(self) -> str:
         """One line for the table at the end."""
-        lost = sum(bool(row["lost"]) for row in self.frames)
+        lost = self.lost.total()
         rate = self.summary().get("depth/frames_per_s", 0.0)
         ended = f", stopped by {self.stopped}" if self.stopped else ""
-        return f"{len(self.frames) - lost} frames of {self.type}, {lost} lost, {rate:.1f} frames/s{ended}"
+        return f"{self.log.seen - lost} frames of {self.type}, {lost} lost, {rate:.1f} frames/s{ended}"
 
 
 def depth_videos(config: Config, pool: DepthAnythingPool, folder: Path) -> DepthResult:
@@ -87,10 +107,11 @@ def depth_videos(config: Config, pool: DepthAnythingPool, folder: Path) -> Depth
     Raises:
         ReconError: the source gives no frame, the network fails on every frame, or the disk is full.
     """
-    source, result = config.source, DepthResult(config.depth.type)
+    source = config.source
     cameras = source.cameras()
     start = time.perf_counter()
     with ExitStack() as stack:
+        result = DepthResult(config.depth.type, stack.enter_context(RowFile(folder / "depth_frames.jsonl")))
         recorder = stack.enter_context(Recorder(folder / "depth_video", cameras, config.depth.type, config.depth_video))
         keep = DepthFiles(folder / "depth_raw", config.depth.type, config.depth_video.save)
         stop = stack.enter_context(stop_on_signals())
@@ -98,7 +119,8 @@ def depth_videos(config: Config, pool: DepthAnythingPool, folder: Path) -> Depth
         for views, predictions in track(_predicted(_batches(config), pool, stop), "Depth", total):
             _one_batch(views, predictions, recorder, keep, result)
         _require_depth(result)
-        result.files = [*recorder.close(), *keep.close()]
+        rows = result.log.close()
+        result.files = [*recorder.close(), *keep.close(), *([rows] if rows is not None else [])]
     result.stopped, result.source = stop.by, source.report()
     result.seconds = time.perf_counter() - start
     return result
@@ -139,25 +161,24 @@ def _one_batch(
         if depth is not None:
             keep.add(view, depth)
         row = {"camera": view.camera, "frame": view.frame, "time_s": view.time_s, "ms_depth": round(found.ms, 3)}
-        result.frames.append({**row, "lost": why, **span})
+        result.add({**row, "lost": why, **span})
         shown.append(view)
     recorder.show(shown)
-    last = result.frames[-FAILURES_IN_A_ROW:]
-    if len(last) == FAILURES_IN_A_ROW and all(row["lost"] for row in last):
+    if result.lost_in_a_row >= FAILURES_IN_A_ROW:
         raise ReconError(
-            f"the depth network failed on {FAILURES_IN_A_ROW} frames in a row, last with: {last[-1]['lost']}",
+            f"the depth network failed on {result.lost_in_a_row} frames in a row, last with: {result.why}",
             "compare with engine=torch precision=fp32, or choose another depth=",
         )
 
 
 def _require_depth(result: DepthResult) -> None:
-    if not result.frames:
+    if not result.log.seen:
         raise ReconError(
             "the source gave no frame", "check source.views, source.frame_step and the files of the source"
         )
-    if all(row["lost"] for row in result.frames):
+    if not result.times_ms:
         raise ReconError(
-            f"no frame got depth; the last failed with: {result.frames[-1]['lost']}",
+            f"no frame got depth; the last failed with: {result.why}",
             "compare with engine=torch precision=fp32, or choose another depth=",
         )
 

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -25,41 +25,33 @@ FIGURES = ("s", "t", "inlier_5pct", "resid_med_pct", "ms_depth", "ms_render", "m
 PARTS = ("read", "wait", "depth", "render", "align", "fuse", "latency")
 
 
-class FrameLog:
+class RowFile:
     """Writes one JSON line per frame to `path`, which exists under that name only once `close` has been called.
 
-    lost: why there is no such file, where it could not be written; counts and figures go on without it.
+    seen: rows so far. rows: the first of them. lost: why there is no such file, where it could not be written; counts
+    go on without it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost = ""
-        self.seen = self.accepted = 0
-        self.rejected: Counter[str] = Counter()
-        self._rows: list[dict[str, Any]] = []
-        self._figures: dict[tuple[str, str], array[float]] = {}
+        self.seen = 0
+        self.rows: list[dict[str, Any]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = path.with_name(path.name + ".part")
         self._file: IO[str] | None = self._partial.open("w")
 
-    def add(self, frame: FrameResult) -> dict[str, Any]:
-        """Record one frame; returns its row."""
-        row = frame.row()
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; a full disk costs the rows on disk, not the run."""
         self.seen += 1
-        self.accepted += frame.align.accepted
-        if not frame.align.accepted:
-            self.rejected[frame.align.reason] += 1
-        if len(self._rows) < KEPT:
-            self._rows.append(row)
-        for name in (*FIGURES, *(f"ms_{part}" for part in PARTS if f"ms_{part}" not in FIGURES)):
-            if isinstance(value := row.get(name), (int, float)) and np.isfinite(value):
-                self._figures.setdefault((frame.view.camera, name), array("f")).append(value)
+        if len(self.rows) < KEPT:
+            self.rows.append(row)
         assert self._file is not None or self.lost, "the log is closed"
         if self._file is not None:
             try:
                 self._file.write(json.dumps(row) + "\n")
             except OSError as error:
                 self._give_up(error)
-        return row
 
     def close(self) -> Path | None:
         """Finish the file and give it its name; None where it was lost."""
@@ -73,27 +65,14 @@ class FrameLog:
         return None if self.lost else self.path
 
     def metrics(self) -> dict[str, Any]:
-        """Counts, times and rows for metrics.json."""
+        """Where the rows are, and the first of them."""
         return {
-            "frames_seen": self.seen,
-            "frames_fused": self.accepted,
-            "frames_rejected": dict(self.rejected),
-            "ms": {part: percentiles(values) for part in PARTS if (values := self._all(f"ms_{part}")).size},
             "frames_file": None if self.lost else self.path.name,
-            "frames_listed": len(self._rows),
-            "frames": self._rows,
+            "frames_listed": len(self.rows),
+            "frames": self.rows,
         }
 
-    def series(self) -> dict[str, list[float]]:
-        """Values by frame for a tracker, one series per camera and quantity, thinned where they are long."""
-        found = {}
-        for (camera, name), values in self._figures.items():
-            if name in FIGURES:
-                step = -(-len(values) // SERIES_POINTS)
-                found[f"align/{camera}_{name}"] = [float(value) for value in values[::step]]
-        return found
-
-    def __enter__(self) -> FrameLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -102,7 +81,6 @@ class FrameLog:
             self._discard()
 
     def _give_up(self, error: OSError) -> None:
-        """A full disk costs the rows on disk, not the map."""
         self.lost = f"{error.strerror or error} after {self.seen} frames"
         log.warning("%s is given up, the run goes on: %s", self.path.name, self.lost)
         self._discard()
@@ -113,6 +91,47 @@ class FrameLog:
                 self._file.close()
         self._file = None
         self._partial.unlink(missing_ok=True)
+
+
+class FrameLog(RowFile):
+    """Rows of the stream's frames, with counts of what became of them and figures for percentiles and series."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.accepted = 0
+        self.rejected: Counter[str] = Counter()
+        self._figures: dict[tuple[str, str], array[float]] = {}
+
+    def add(self, frame: FrameResult) -> dict[str, Any]:
+        """Record one frame; returns its row."""
+        row = frame.row()
+        self.write(row)
+        self.accepted += frame.align.accepted
+        if not frame.align.accepted:
+            self.rejected[frame.align.reason] += 1
+        for name in (*FIGURES, *(f"ms_{part}" for part in PARTS if f"ms_{part}" not in FIGURES)):
+            if isinstance(value := row.get(name), (int, float)) and np.isfinite(value):
+                self._figures.setdefault((frame.view.camera, name), array("f")).append(value)
+        return row
+
+    def metrics(self) -> dict[str, Any]:
+        """Counts, times and rows for metrics.json."""
+        return {
+            "frames_seen": self.seen,
+            "frames_fused": self.accepted,
+            "frames_rejected": dict(self.rejected),
+            "ms": {part: percentiles(values) for part in PARTS if (values := self._all(f"ms_{part}")).size},
+            **super().metrics(),
+        }
+
+    def series(self) -> dict[str, list[float]]:
+        """Values by frame for a tracker, one series per camera and quantity, thinned where they are long."""
+        found = {}
+        for (camera, name), values in self._figures.items():
+            if name in FIGURES:
+                step = -(-len(values) // SERIES_POINTS)
+                found[f"align/{camera}_{name}"] = [float(value) for value in values[::step]]
+        return found
 
     def _all(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         found = [np.frombuffer(values, np.float32) for (_, key), values in self._figures.items() if key == name]
