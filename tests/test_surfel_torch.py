@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from test_fusion import BALL, RADIUS, K, depth_of, pose, poses, real_views, view_of
 
 from recon.errors import ReconError
-from recon.fusion.device import surfel_update, surfel_windows, surfels
+from recon.fusion.device import surfel_render, surfel_update, surfel_windows, surfels
+from recon.fusion.device.cameras import cameras, pack_camera
 from recon.fusion.device.inputs import upload
+from recon.fusion.device.surfel_sight import Eye, Sight
 from recon.fusion.device.surfels import DeviceSurfelMap
 from recon.fusion.surfel import COLUMNS, Surfel, SurfelMap
 from recon.geometry.metrics import surface_metrics
@@ -36,7 +39,10 @@ def scene(n: int = 8, until: int = 99) -> list[PosedDepth]:
     """Views of a tilted wall with a ball before it, which is gone after view `until`, in noisy colours."""
     views = [halved(view_of(T, 30, ball=i <= until)) for i, T in enumerate(poses(n))]
     rng = np.random.default_rng(0)
-    return [replace(view, image=rng.integers(0, 256, view.image.shape, dtype=np.uint8)) for view in views]
+    shift = np.array([[0, 0, 0.1372], [0, 0, -0.2119], [0, 0, 0]])  # no round numbers: they would hide rounding
+    return [
+        replace(view, image=rng.integers(0, 256, view.image.shape, dtype=np.uint8), K=view.K + shift) for view in views
+    ]
 
 
 def both(option: Surfel, views: list[PosedDepth], device: str) -> tuple[SurfelMap, DeviceSurfelMap]:
@@ -93,6 +99,44 @@ def test_rendered_depth_is_the_compiled_maps(device: str) -> None:
         assert (wanted > 0).any() == (T[2, 3] < 3)  # from behind there are no front faces
         near = np.abs(wanted - found) <= 2e-6 * wanted
         assert near.mean() >= (1 if device == "cpu" else 0.999)
+
+
+@DEVICE
+def test_kernels_give_what_their_torch_twins_give(device: str) -> None:
+    """On CUDA, or with TRITON_INTERPRET=1 in Triton's interpreter, which takes a minute."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton runs on CUDA, or with TRITON_INTERPRET=1")
+    pytest.importorskip("triton")
+    from recon.fusion.device import surfel_launch
+
+    option, views = Surfel(voxel=0.06, unit_depth=0.1, stale_frames=1), [halved(view) for view in scene(6, until=3)]
+    ours = DeviceSurfelMap(option, "cpu")
+    for i, view in enumerate(views[:5]):
+        ours.integrate(view, i)
+    columns = {name: column[: ours.size] for name, column in ours.columns.items()}
+    there = {name: column.to(device) for name, column in columns.items()}
+    twin, kernel = (sight_of(views[5], option, where) for where in ("cpu", device))
+    normals, found = twin.normals(), surfel_launch.normals(kernel)
+    assert (normals - found.cpu()).abs().max() < 1e-14  # torch's square roots on the CPU are off by a bit
+    (wanted, covered), (other, marked) = (
+        surfel_update.merge(columns, twin, normals, 5),
+        surfel_launch.merge(there, kernel, found, 5),
+    )
+    assert 0 < (wanted["weight"] == 0).sum() < len(wanted["weight"])
+    assert 0 < covered.sum() < covered.numel()
+    assert torch.equal(covered, marked.cpu())
+    for name, column in wanted.items():
+        assert torch.equal(column, other[name].cpu()), name
+    passes = surfel_render._passes(columns, twin.eye, SMALL, option.voxel, 1e9)
+    for one, two in zip(passes, surfel_launch.splat(there, kernel.eye, SMALL, option.voxel, 1e9), strict=True):
+        assert len(one.unique()) > 100
+        assert torch.equal(one, two.cpu())
+
+
+def sight_of(view: PosedDepth, option: Surfel, device: str) -> Sight:
+    where = torch.device(device)
+    eye = Eye.of(cameras(pack_camera(view.K, view.T_world_cam)[None], where))
+    return Sight(*upload(view, where, 10.0, 0.0), eye, option, 0.1)
 
 
 @DEVICE

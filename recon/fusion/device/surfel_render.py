@@ -24,21 +24,33 @@ def splat(columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int], sla
     size: (width, height). slab: planes within it behind the nearest are averaged, by weight. cap: the largest weight.
     """
     width, height = size
-    weight = columns["weight"].to(torch.float64)
-    near = torch.full((height * width,), torch.inf, device=weight.device)
-    if not len(weight):
-        return torch.zeros((height, width), device=weight.device)
-    drawn = _squares(columns, eye, size)
-    for _, pixel, depth in drawn():
-        near.scatter_reduce_(0, pixel, torch.where(depth > 0, depth, torch.inf).to(torch.float32), "amin")
-    behind, mass = (torch.zeros(len(near), dtype=torch.int64, device=near.device) for _ in range(2))
-    for row, pixel, depth in drawn():
-        offset = depth - near[pixel]
-        part = torch.where((depth > 0) & (offset <= slab), weight[row] * (_STEPS / cap), 0.0)
-        mass.scatter_add_(0, pixel, torch.round(part).to(torch.int64))
-        behind.scatter_add_(0, pixel, torch.round(part * (offset / slab)).to(torch.int64))
+    if not len(columns["weight"]):
+        return torch.zeros((height, width), device=eye.focal.device)
+    near, behind, mass = _passes(columns, eye, size, slab, _STEPS / cap)
     mean = near + slab * (behind.to(torch.float64) / mass.clamp(min=1))
     return torch.where(torch.isfinite(near), mean, 0.0).to(torch.float32).reshape(height, width)
+
+
+def _passes(
+    columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int], slab: float, steps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(nearest depth [H*W] float32, inf where there is none; sums of weighted offsets behind it, in slabs, and of
+    weights [H*W] int64, `steps` a unit of weight). On CUDA one kernel a pass; elsewhere its twin below."""
+    if eye.focal.is_cuda:
+        from recon.fusion.device.surfel_launch import splat as launched
+
+        return launched(columns, eye, size, slab, steps)
+    near = torch.full((size[0] * size[1],), torch.inf, device=eye.focal.device)
+    weight, drawn = columns["weight"].to(torch.float64), _squares(columns, eye, size)
+    for _, pixel, depth in drawn():
+        near.scatter_reduce_(0, pixel, torch.where(depth > 0, depth, torch.inf).to(torch.float32), "amin")
+    behind, mass = torch.zeros((2, len(near)), dtype=torch.int64, device=near.device)
+    for row, pixel, depth in drawn():
+        offset = depth - near[pixel]
+        part = torch.where((depth > 0) & (offset <= slab), weight[row] * steps, 0.0)
+        mass.scatter_add_(0, pixel, torch.floor(part + 0.5).to(torch.int64))
+        behind.scatter_add_(0, pixel, torch.floor(part * (offset / slab) + 0.5).to(torch.int64))
+    return near, behind, mass
 
 
 def _squares(columns: dict[str, torch.Tensor], eye: Eye, size: tuple[int, int]) -> Drawn:

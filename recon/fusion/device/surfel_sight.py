@@ -13,11 +13,13 @@ from recon.fusion.surfel import Surfel, base
 
 @dataclass(frozen=True)
 class Eye:
-    """One camera, float64 on the device. focal, centre [2]; R [3,3], t [3]: T_world_cam; R_in, t_in: T_cam_world.
+    """One camera, float64 on the device. packed [28]: a row of `Cameras.packed`, and its parts: focal, centre [2]; R
+    [3,3], t [3]: T_world_cam; R_in, t_in: T_cam_world.
 
     Points are [...,3]. Every sum has the order of the compiled loops, which matrix products would not keep.
     """
 
+    packed: torch.Tensor
     focal: torch.Tensor
     centre: torch.Tensor
     R: torch.Tensor
@@ -28,8 +30,9 @@ class Eye:
     @classmethod
     def of(cls, cameras: Cameras) -> Eye:
         """The first of several."""
-        focal, centre, R, t, R_in, t_in = torch.split(cameras.packed[0], [2, 2, 9, 3, 9, 3])
-        return cls(focal, centre, R.reshape(3, 3), t, R_in.reshape(3, 3), t_in)
+        packed = cameras.packed[0]
+        focal, centre, R, t, R_in, t_in = torch.split(packed, [2, 2, 9, 3, 9, 3])
+        return cls(packed, focal, centre, R.reshape(3, 3), t, R_in.reshape(3, 3), t_in)
 
     def seen(self, points: torch.Tensor) -> torch.Tensor:
         """World to camera."""
@@ -67,20 +70,25 @@ class Sight:
         """[H,W,3] float64, unit, in the camera frame and towards the camera; 0 where there is none.
 
         From pixels `surfel.base` away on both sides, or on one where the other is missing or beyond a jump in depth.
+        On CUDA one kernel does it; elsewhere its twin below.
         """
+        if self.depth.is_cuda:
+            from recon.fusion.device.surfel_launch import normals
+
+            return normals(self)
         (height, width), (fx, fy), (cx, cy) = self.depth.shape, self.eye.focal, self.eye.centre
         step, jump = base(width), self.gate(self.depth.to(torch.float64))
         known = pad(torch.where(self.depth > 0, self.depth, torch.nan), (step, step, step, step), value=torch.nan)
-        u = torch.arange(width, device=self.depth.device, dtype=torch.float64) - cx
-        v = torch.arange(height, device=self.depth.device, dtype=torch.float64)[:, None] - cy
+        u = torch.arange(width, device=self.depth.device, dtype=torch.float64)
+        v = torch.arange(height, device=self.depth.device, dtype=torch.float64)[:, None]
         rows, columns = known[:, step : step + width], known[step : step + height]
         left, a0 = self._neighbour(columns[:, :width], jump)
         right, a1 = self._neighbour(columns[:, 2 * step :], jump)
         above, b0 = self._neighbour(rows[:height], jump)
         below, b1 = self._neighbour(rows[2 * step :], jump)
-        ax, az = (a1 * (u + step * right) - a0 * (u - step * left)) / fx, a1 - a0
-        by, bz = (b1 * (v + step * below) - b0 * (v - step * above)) / fy, b1 - b0
-        x, y = u / fx, v / fy
+        ax, az = (a1 * (u + step * right - cx) - a0 * (u - step * left - cx)) / fx, a1 - a0
+        by, bz = (b1 * (v + step * below - cy) - b0 * (v - step * above - cy)) / fy, b1 - b0
+        x, y = (u - cx) / fx, (v - cy) / fy
         ay, bx = az * y, bz * x
         nx, ny, nz = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
         length = torch.sqrt(nx * nx + ny * ny + nz * nz)

@@ -19,7 +19,14 @@ _ROWS = 1 << 20  # surfels updated at once: bounds the temporaries to some 300 M
 
 
 def merge(columns: Columns, sight: Sight, normals: torch.Tensor, frame: int) -> tuple[Columns, torch.Tensor]:
-    """(the columns after a frame, weight 0 where a surfel has died; [H,W] bool: pixels that a surfel explains)."""
+    """(the columns after a frame, weight 0 where a surfel has died; [H,W] bool: pixels that a surfel explains).
+
+    On CUDA one kernel does it; elsewhere its twin below.
+    """
+    if sight.depth.is_cuda:
+        from recon.fusion.device.surfel_launch import merge as launched
+
+        return launched(columns, sight, normals, frame)
     height, width = sight.depth.shape
     covered = torch.zeros(height * width + 1, dtype=torch.bool, device=sight.depth.device)  # the last: for no pixel
     parts = []
