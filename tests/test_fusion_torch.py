@@ -267,3 +267,15 @@ def test_the_kernel_gives_what_its_twin_gives() -> None:
     np.testing.assert_array_equal(a["block_keys"], b["block_keys"])
     for name in ("weight", "color", "tsdf"):
         assert np.mean(a[name] != b[name]) < 1e-4, name
+
+
+@DEVICE
+def test_cameras_rendered_together_are_cameras_rendered_alone(device: str) -> None:
+    ours = DeviceTsdfMap(Tsdf(voxel=VOXEL), device)
+    assert (ours.render_all([(K_SMALL, pose())], *SMALL) == 0).all()
+    ours.integrate_all(scene(4), 0)
+    cameras = [(K_SMALL, T) for T in (pose(), pose(0.3, (0.3, 0.1, 0.2)), pose(0, (50.0, 0, 0)))]
+    found = ours.render_all(cameras, *SMALL).cpu().numpy()
+    assert [np.mean(depth > 0) > 0.5 for depth in found] == [True, True, False]
+    for depth, (K_one, T) in zip(found, cameras, strict=True):
+        assert depth.tobytes() == ours.render_depth(K_one, T, *SMALL).tobytes()

@@ -56,6 +56,12 @@ class Map(ABC):
         """`render_depth` as a tensor on `device`; only maps that have one."""
         raise NotImplementedError(f"{type(self).__name__} is on the host")
 
+    def render_all(self, cameras: Sequence[tuple[Array, Array]], width: int, height: int) -> torch.Tensor:
+        """`render` for several cameras (K, T_world_cam): [C,height,width]."""
+        import torch
+
+        return torch.stack([self.render(K, T_world_cam, width, height) for K, T_world_cam in cameras])
+
     @abstractmethod
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """[height,width] float32 z-depth of the map's surface, 0 where there is none. Deterministic."""

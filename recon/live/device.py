@@ -175,8 +175,9 @@ class DeviceReference:
         poor = [i for i, (_, _, covered) in enumerate(known) if covered < ENOUGH]
         anchored = [1.0] * len(views)
         if poor:
-            for i in poor:
-                found[i] = torch.where(found[i] > 0, found[i], self.live.render(*scaled[i], *small))
+            seen = self.live.render_all([scaled[i] for i in poor], *small)
+            for i, depth in zip(poor, seen, strict=True):
+                found[i] = torch.where(found[i] > 0, found[i], depth)
             filled = _covered([found[i] for i in poor])
             for i, share in zip(poor, filled, strict=True):
                 anchored[i] = known[i][2] / max(share, known[i][2], 1e-9)
@@ -184,14 +185,12 @@ class DeviceReference:
 
     def _refresh(self, names: list[str], cameras: Sequence[Camera], small: tuple[int, int]) -> None:
         """Render the bootstrap map into the cameras that stand elsewhere than at their last frame."""
-        fresh: list[tuple[str, bytes, Tensor]] = []
-        for name, (K, pose) in zip(names, cameras, strict=True):
-            key = K.tobytes() + pose.tobytes()
-            if name not in self._last or self._last[name][0] != key:
-                fresh.append((name, key, self.anchor.render(K, pose, *small)))
+        keys = [K.tobytes() + pose.tobytes() for K, pose in cameras]
+        fresh = [i for i, name in enumerate(names) if name not in self._last or self._last[name][0] != keys[i]]
         if fresh:
-            for (name, key, depth), share in zip(fresh, _covered([one[2] for one in fresh]), strict=True):
-                self._last[name] = key, depth, share
+            found = list(self.anchor.render_all([cameras[i] for i in fresh], *small))
+            for i, depth, share in zip(fresh, found, _covered(found), strict=True):
+                self._last[names[i]] = keys[i], depth, share
 
 
 def same_device(one: str | torch.device, other: str | torch.device) -> bool:

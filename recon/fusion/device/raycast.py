@@ -8,6 +8,8 @@ takes its nearest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from recon.fusion.device.inputs import pinhole, rigid, turned
@@ -20,32 +22,40 @@ _SAMPLES = {"cuda": 1 << 23, "cpu": 1 << 18}  # looked up at once: launches are 
 
 
 def cast(
-    pool: BlockPool, K: Array, T_world_cam: Array, size: tuple[int, int], voxel: float, least: int
+    pool: BlockPool, cameras: Sequence[tuple[Array, Array]], size: tuple[int, int], voxel: float, least: int
 ) -> torch.Tensor:
-    """[height,width] float32 z-depth, 0 where a ray meets no surface; size: (width, height).
+    """[C,height,width] float32 z-depth of cameras (K, T_world_cam), 0 where a ray meets no surface.
 
-    least: observations that every corner of the interpolation needs.
+    The rays of all cameras go through the field together. size: (width, height). least: observations that every corner
+    of the interpolation needs.
     """
     width, height = size
-    device = pool.device
     if not pool.size:
-        return torch.zeros((height, width), device=device)
-    (fx, fy, cx, cy), (R, t) = pinhole(K), rigid(T_world_cam)
-    v = torch.arange(height, device=device, dtype=torch.float64)[:, None].expand(height, width)
-    u = torch.arange(width, device=device, dtype=torch.float64)[None, :].expand(height, width)
-    local = turned(R, (u - cx) / fx, (v - cy) / fy, torch.ones((), dtype=torch.float64, device=device))
-    ray = (torch.stack(local, -1) / voxel).reshape(-1, 3)
-    origin = torch.tensor(t, dtype=torch.float64, device=device) / voxel
-    field = _Field(pool, origin, ray, least)
+        return torch.zeros((len(cameras), height, width), device=pool.device)
+    rays, origins = zip(*(_rays(K, pose, size, voxel, pool.device) for K, pose in cameras), strict=True)
+    field = _Field(pool, torch.cat(origins), torch.cat(rays), least)
     index, near, far = field.candidates()
     hits = field.solve(index, near, far)
-    out = torch.full((height * width,), torch.inf, dtype=torch.float64, device=device)
+    out = torch.full((len(cameras) * height * width,), torch.inf, dtype=torch.float64, device=pool.device)
     out = out.scatter_reduce(0, index, torch.where(hits > 0, hits, torch.inf), "amin")
-    return torch.where(torch.isfinite(out), out, 0.0).to(torch.float32).reshape(height, width)
+    return torch.where(torch.isfinite(out), out, 0.0).to(torch.float32).reshape(len(cameras), height, width)
+
+
+def _rays(
+    K: Array, T_world_cam: Array, size: tuple[int, int], voxel: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions [N,3] of a camera's rays, in voxels per unit of depth, and their origin [N,3], in voxels."""
+    (width, height), (fx, fy, cx, cy), (R, t) = size, pinhole(K), rigid(T_world_cam)
+    v = torch.arange(height, device=device, dtype=torch.float64)[:, None].expand(height, width)
+    u = torch.arange(width, device=device, dtype=torch.float64)[None, :].expand(height, width)
+    local = turned(R, (u - cx) / fx, (v - cy) / fy, 1.0)
+    ray = (torch.stack(local, -1) / voxel).reshape(-1, 3)
+    origin = torch.tensor(t, dtype=torch.float64, device=device) / voxel
+    return ray, origin.expand(height * width, 3)
 
 
 class _Field:
-    """Rays through the field: origin [3] in voxels, ray [N,3] in voxels per unit of depth; one [N]: depth per voxel."""
+    """Rays: origin [N,3] in voxels, ray [N,3] in voxels per unit of depth, one [N] depth per voxel."""
 
     def __init__(self, pool: BlockPool, origin: torch.Tensor, ray: torch.Tensor, least: int) -> None:
         self.pool, self.origin, self.ray, self.least = pool, origin, ray, least
@@ -140,11 +150,14 @@ class _Field:
 
     def _nearest(self, rays: torch.Tensor, s: torch.Tensor) -> list[torch.Tensor]:
         """x, y and z [N,K] of the voxels nearest to depths s."""
-        return [torch.floor(self.origin[a] + 0.5 + s * self.ray[rays, a, None]).to(torch.int64) for a in range(3)]
+        return [
+            torch.floor(self.origin[rays, a, None] + 0.5 + s * self.ray[rays, a, None]).to(torch.int64)
+            for a in range(3)
+        ]
 
     def _trilinear(self, index: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         """The field at depth s on ray `index`, NaN unless all eight voxels around have `least` observations."""
-        p = self.origin + s[:, None] * self.ray[index]
+        p = self.origin[index] + s[:, None] * self.ray[index]
         base = torch.floor(p)
         part = (p - base)[:, None]
         corner = base.to(torch.int64)[:, None] + self.corners

@@ -87,11 +87,15 @@ class DeviceTsdfMap(Map):
         """`render` as a NumPy array."""
         return cast(DepthImage, self.render(K, T_world_cam, width, height).cpu().numpy())
 
-    @torch.inference_mode()
     def render(self, K: Array, T_world_cam: Array, width: int, height: int) -> torch.Tensor:
         """[height,width] float32 z-depth on the device, where the ray first enters the surface; 0 where it does not."""
-        K, T_world_cam = check_intrinsics(K, "render_depth"), check_transform(T_world_cam, "render_depth")
-        return raycast.cast(self.pool, K, T_world_cam, (width, height), self.options.voxel, self.options.min_weight)
+        return self.render_all([(K, T_world_cam)], width, height)[0]
+
+    @torch.inference_mode()
+    def render_all(self, cameras: Sequence[tuple[Array, Array]], width: int, height: int) -> torch.Tensor:
+        """`render` for several cameras (K, T_world_cam) at once: [C,height,width]."""
+        cameras = [(check_intrinsics(K, "render_depth"), check_transform(T, "render_depth")) for K, T in cameras]
+        return raycast.cast(self.pool, cameras, (width, height), self.options.voxel, self.options.min_weight)
 
     def points(self) -> PointCloud:
         """Surface crossings on grid edges, in a fixed order; extracted on the host.
