@@ -6,6 +6,7 @@ is compared with lengths of another unit, and no scale is fitted without being n
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from recon.reconstruct import Reconstruction
 
 AUC_DEG = (5, 10, 30)
+LENGTH = "length"
+LENGTHS = re.compile(
+    r"_rmse$|_median_abs$|_bias_median$|_ate_|_trans_|_accuracy_|_completeness_|_threshold$|^plane_(rms|offset)$"
+    r"|_distance_|_spacing_"
+)
+NAMED = ((re.compile(r"_deg$"), "deg"), (re.compile(r"_px_"), "px"),
+         (re.compile(r"_(pixels|corners|pairs|judged|points)$|^planes$"), "count"))  # fmt: skip
 
 
 def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
@@ -39,11 +47,26 @@ def evaluate_map(config: Config, result: Reconstruction) -> dict[str, Any]:
     found: dict[str, Any] = _streamed(result) | bootstrap_poses(result.bootstrap)
     if aligned is not None and not config.source.live:
         found |= _bootstrap_depth(config, result.bootstrap, aligned)
-    if aligned is not None and result.board is not None:
-        found |= result.board.scores(aligned)
+    if aligned is not None and result.board is not None and (board := result.board.scores(aligned)):
+        found |= board | {"board_alignment": aligned.how}
     found |= _surface(config, result, aligned)
     found |= _rendered(config, result)
     return {"unit": _unit(config, result), **found} if found else {}
+
+
+def units(found: dict[str, Any]) -> dict[str, str]:
+    """Unit of every figure that `evaluate_map` gives, by name; 1: a share or a ratio.
+
+    Lengths are in `unit`, but those of `rendered_*` in the map's.
+    """
+    length = found.get("unit", "")
+    named = {name: LENGTH if LENGTHS.search(name) else next((u for r, u in NAMED if r.search(name)), "1")
+             for name, value in found.items() if isinstance(value, (int, float))}  # fmt: skip
+    own = length if length == "m" else "the map's own"
+    return {
+        name: unit if unit != LENGTH else own if name.startswith("rendered_") else length
+        for name, unit in named.items()
+    }
 
 
 def bootstrap_poses(bootstrap: Bootstrap) -> dict[str, Any]:
@@ -162,7 +185,12 @@ def _surface(config: Config, result: Reconstruction, aligned: ToSource | None) -
     scores = surface_metrics(points, surface.points, options.threshold, surface.seen, mesh=mesh)
     planes = find_planes(surface.points, surface.normals, options.threshold / 5)
     flat = flatness(points, surface.points, planes, options.threshold)
-    return {**{f"map_{name}": value for name, value in scores.items()}, **flat, "map_alignment": aligned.how}
+    return {
+        **{f"map_{name}": value for name, value in scores.items()},
+        **flat,
+        "map_alignment": aligned.how,
+        "plane_alignment": aligned.how,
+    }
 
 
 def _moved(fused: Map, aligned: ToSource) -> tuple[Array, tuple[Array, NDArray[np.int32]] | None]:

@@ -230,12 +230,12 @@ def handover(run: Run) -> str:
 
 def evaluate(run: Run) -> str:
     """Depth and map against what the source knows to be true."""
-    from recon.evaluate import evaluate_map
+    from recon.evaluate import evaluate_map, units
 
     if run.reconstruction is None:
         raise ReconError("stage evaluate judges the map of the same run", "add reconstruct to stages")
     found = evaluate_map(run.config, run.reconstruction)
-    run.metrics["evaluation"] = found
+    run.metrics["evaluation"], run.metrics["evaluation_units"] = found, units(found)
     flat = {f"quality/{key}": value for key, value in found.items() if isinstance(value, float)}
     run.record.metrics |= flat
     if not found:

@@ -18,7 +18,7 @@ from recon.console import busy, track
 from recon.errors import ReconError
 from recon.geometry.bootstrap_file import read_bootstrap, write_bootstrap
 from recon.geometry.ply import write_mesh, write_points
-from recon.geometry.preprocess import PixelPath
+from recon.geometry.preprocess import PixelPath, Placement
 from recon.geometry.scale import metric
 from recon.geometry.views import Bootstrap, Scale, View
 from recon.keyframes import KeyframeWriter, camera_of
@@ -276,7 +276,8 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
 
 def _pixels(config: Config, view: View) -> dict[str, Any]:
     """Good for every frame of the camera: its images all have one size."""
-    placed = {"model": config.model.placement(view.size), "depth": config.depth.placement(view.size)}
+    asis = Placement(view.size, view.size, (0, 0), view.size)
+    placed = {"view": asis, "model": config.model.placement(view.size), "depth": config.depth.placement(view.size)}
     return {role: PixelPath(view.origin, found).record() for role, found in placed.items() if found is not None}
 
 

@@ -64,7 +64,9 @@ def write_report(config: Config, metrics: dict[str, Any], result: Reconstruction
         parts += ["<h2>Bootstrap</h2>", _image(compose(inputs))]
         parts += ["<h2>Alignment</h2>", _image(_alignment(draw_alignment, result))]
     if found := metrics.get("evaluation"):
-        parts += ["<h2>Evaluation</h2>", _rows([{"metric": key, "value": value} for key, value in found.items()])]
+        units = metrics["evaluation_units"]
+        rows = [{"figure": key, "value": value, "unit": units.get(key, "")} for key, value in found.items()]
+        parts += ["<h2>Evaluation</h2>", _rows(rows)]
     head = f"<!doctype html><meta charset=utf-8><title>recon {html.escape(config.name)}</title><style>{STYLE}</style>"
     write_atomic(files[0], "\n".join([head, *parts]))
     return files

@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from recon.config import Config, Evaluate, option
-from recon.evaluate import bootstrap_poses, evaluate_map, load_reference
+from recon.evaluate import bootstrap_poses, evaluate_map, load_reference, units
 from recon.geometry.sim3 import Sim3
 from recon.geometry.views import Bootstrap, DepthImage, PosedDepth, Scale
 from recon.geometry.world import ToSource, align_cameras, to_source
@@ -89,6 +89,26 @@ def test_exact_depth_and_poses_get_full_marks(exact: Bootstrap) -> None:
     assert found["planes"] >= 3
     assert found["map_alignment"].startswith("none")
     assert found["depth_alignment"].startswith("none")
+
+
+def test_every_figure_has_its_unit_and_every_group_its_alignment(exact: Bootstrap) -> None:
+    found = judged(exact, 0.03)
+    known = units(found)
+    asked = {
+        "depth_absrel": "1", "depth_rmse": "m", "depth_delta1": "1", "map_accuracy_mean": "m", "pose_auc5": "1",
+        "map_completeness_mean": "m", "map_f_score": "1", "pose_ate_rmse": "m", "pose_rpe_trans_rmse": "m",
+        "pose_rpe_rot_rmse_deg": "deg", "plane_rms": "m", "map_threshold": "m", "planes": "count",
+        "pose_rotation_median_deg": "deg", "rendered_rmse": "m", "depth_frames_judged": "count",
+    }  # fmt: skip
+    assert {name: known[name] for name in asked} == asked
+    assert known.keys() == {name for name, value in found.items() if not isinstance(value, str)}
+    for group in ("depth", "bootstrap_depth", "pose", "map", "plane"):
+        assert found[f"{group}_alignment"]
+    elsewhere_units = units(judged(elsewhere(exact), 0.03 / OTHER.similarity.scale))
+    assert elsewhere_units["rendered_rmse"] == "the map's own"
+    board = {"unit": "m", "board_reprojection_px_median": 1.0, "board_distance_p95": 0.1, "board_spacing_error_mean": 0.0,
+             "board_rig_corners": 3.0}  # fmt: skip
+    assert list(units(board).values()) == ["px", "m", "m", "count"]
 
 
 def test_another_frame_and_unit_get_the_same_figures_and_say_so(exact: Bootstrap) -> None:

@@ -115,6 +115,9 @@ def test_everything_that_can_be_wrong_with_videos_at_once(tmp_path: Path) -> Non
     assert {row["camera"] for row in metrics["frames"]} == {"left", "right", "top"}
     assert metrics["source"]["skew_ms"]["max"] <= 50
     assert metrics["from_source"]["image_sizes"]["top"] == [128, 160]
+    (page,) = tmp_path.glob("outputs/runs/*/*/report.html")
+    assert "Unit: arbitrary: no scale source was given." in page.read_text()
+    assert "own: 3 of 3 views have no pose." in page.read_text()
     for words in (
         "left: first frame lost: damaged",
         "right: first frame lost: black",

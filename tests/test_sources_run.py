@@ -60,7 +60,7 @@ def rig(folder: Path) -> str:
 def assert_pixels_come_back(record: dict[str, Any]) -> None:
     """From what metrics.json says alone, as OpenCV would do it, and as our own reader of the record does it."""
     corners = np.array([[[20.0, 15.0]], [[139.0, 15.0]], [[80.0, 60.0]], [[25.0, 104.0]]])
-    assert record.keys() == {"model", "depth"}
+    assert record.keys() == {"view", "model", "depth"}
     for one in record.values():
         bent, placed = one["undistortion"], one["placement"]
         K, K_view = np.array(bent["K_camera"]), np.array(bent["K_view"])
