@@ -1,5 +1,6 @@
 """Engines, the reference harness, and options that this version refuses."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from small_network import images, network, seeded
 
 from recon.compare import OutputError, compare, require
 from recon.config import CONF, option
+from recon.engines import Build
 from recon.engines.onnxruntime import OnnxRuntime, data_file, operators
+from recon.engines.tensorrt import TensorRT
 from recon.engines.torch import Torch, TorchSession
 from recon.errors import ReconError, Refused
 from recon.export import ExportOptions, export
-from recon.formats import LayerFormat
+from recon.formats import LayerFormat, Recipe
+from recon.models.vggt import VGGT
 from recon.network import TensorSpec
+from recon.onnxgraph import SCOPES
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +117,50 @@ def test_a_damaged_engine_is_named(engine_file: Path, tmp_path: Path, damage: st
 def test_an_operator_that_the_runtime_lacks_is_named(onnx_file: Path, tmp_path: Path) -> None:
     model = onnx.load(str(onnx_file))
     next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Rectify"
+    node = next(node for node in model.graph.node if node.op_type == "Rectify")
+    del node.metadata_props[:]
+    node.metadata_props.append(onnx.StringStringEntryProto(key=SCOPES, value="['', 'stem', 'stem.act', 'relu']"))
     onnx.save(model, str(tmp_path / "odd.onnx"))
-    with pytest.raises(ReconError, match="Rectify"):
+    with pytest.raises(ReconError, match=r"Rectify.* \(in module stem\.act\)"):
         OnnxRuntime(name="onnxruntime").optimise(tmp_path / "odd.onnx", tmp_path / "odd.engine")
+
+
+def test_view_counts_within_a_profile_run_and_others_are_refused(tmp_path: Path) -> None:
+    """VGGT exported with a dynamic number of views, in ONNX Runtime, and as a plan where TensorRT for RTX is installed."""
+    option = VGGT(name="vggt-twin", preset="vggt-twin", weights="seeded:0", height=56, width=56)
+    network, path = option.network(2), tmp_path / "views.onnx"
+    program = torch.onnx.export(
+        network.load().eval(), tuple(network.example(0).values()), dynamo=True, opset_version=20, verbose=False,
+        input_names=list(network.inputs), output_names=list(network.outputs),
+        dynamic_shapes=({0: torch.export.Dim("views", min=1, max=8)},),
+    )  # fmt: skip
+    assert program is not None
+    program.save(str(path))
+    profiles = [{"images": {"min": [1, 3, 56, 56], "opt": [2, 3, 56, 56], "max": [4, 3, 56, 56]}}]
+    with pytest.raises(ReconError, match=r"images\[-1, 3, 56, 56\] have dynamic sizes .* engine.profiles is empty"):
+        OnnxRuntime(name="onnxruntime").optimise(path, tmp_path / "views.engine")
+    engine = OnnxRuntime(name="onnxruntime", profiles=profiles)
+    engine.optimise(path, tmp_path / "views.engine")
+    with engine.load(tmp_path / "views.engine") as session:
+        assert session.inputs["images"].shape == (2, 3, 56, 56)
+        assert session.outputs["depth"].shape == (2, 56, 56)
+        for views in (1, 2, 4):
+            fixed = option.network(views)
+            got, expected = session.infer(fixed.example(3)), TorchSession(fixed, fixed.load()).infer(fixed.example(3))
+            assert {name: value.shape for name, value in got.items()} == {n: v.shape for n, v in expected.items()}
+            for name, value in expected.items():
+                assert (got[name] - value).norm() < 1e-5 * value.norm(), (views, name)
+        with pytest.raises(ReconError, match=r"\(5, 3, 56, 56\).* lie in none of the engine's profiles"):
+            session.infer(option.network(5).example(3))
+        with pytest.raises(ReconError, match="float64"):
+            session.infer({"images": network.example(3)["images"].double()})
+        with pytest.raises(ReconError, match="'frames'"):
+            session.infer({"frames": network.example(3)["images"]})
+    if importlib.util.find_spec("tensorrt_rtx"):
+        rtx = TensorRT(name="tensorrt-rtx", flavour="tensorrt_rtx", profiles=profiles)
+        facts = rtx.build(Build(network, path, Recipe), tmp_path / "views.plan")
+        assert facts["plan"]["profiles"] == profiles
+        assert "MaxShape: [4,3,56,56]" in (tmp_path / facts["log"]).read_text()
 
 
 def test_providers_that_are_not_installed_are_refused() -> None:

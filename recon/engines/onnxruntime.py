@@ -6,13 +6,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.engines import Build, Engine, Session
-from recon.engines.ort.session import OrtCudaSession, OrtSession, data_file
-from recon.engines.ort.support import Rewrites, refusal, rewrites
+from recon.engines.ort.session import OrtCudaSession, OrtSession, data_file, dynamic_shapes
+from recon.engines.ort.support import Rewrites, module_named, refusal, rewrites
+from recon.engines.trt import profiles
 from recon.errors import ReconError, Refused
 from recon.formats import Inspection, LayerFormat, RestFormat
 from recon.machine import MIB, cpu_name, physical_cores, rss_mib
@@ -47,6 +48,9 @@ class OnnxRuntime(Engine):
     tf32: bool = True
     """FP32 products with TF32 inputs (10 bits of mantissa) on the cuda provider, ONNX Runtime's own default there;
     false = true FP32."""
+    profiles: list[dict[str, dict[str, list[int]]]] = field(default_factory=list)
+    """Ranges of dynamic shapes: per profile, input name -> {min, opt, max}; what lies in none is refused. Empty: the
+    graph's shapes are fixed."""
 
     def check(self) -> None:
         super().check()
@@ -63,6 +67,7 @@ class OnnxRuntime(Engine):
                 f"engine.tf32=false has no effect with engine.provider={self.provider}",
                 "leave it out: the CPU computes in FP32; or engine.provider=cuda",
             )
+        profiles.check(self.profiles)
         if self.threads < 0:
             raise ReconError(f"engine.threads={self.threads}: cannot be negative", "0 = one per physical core")
         if self.provider != "cpu":
@@ -98,7 +103,8 @@ class OnnxRuntime(Engine):
         inline_below = 1024 if size > ONE_FILE_LIMIT else ONE_FILE_LIMIT
         options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(inline_below))
         # TensorRT takes subgraphs out that cannot be written back: its engine is the provider-neutral graph
-        self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider, held_back)
+        session = self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider, held_back)
+        profiles.fit(self.profiles, dynamic_shapes(session))
         _keep_modules(onnx, out)
         files = [file for file in (out, data_file(out)) if file.exists()]
         return {
@@ -130,7 +136,7 @@ class OnnxRuntime(Engine):
             return self._open_cuda(path, level)
         before = rss_mib()
         session = self._open(path, self._options(level), self.provider)
-        return OrtSession(session, path, self._threads(), max(0.0, rss_mib() - before))
+        return OrtSession(session, path, self._threads(), max(0.0, rss_mib() - before), self.profiles)
 
     def _open_cuda(self, path: Path, level: str) -> OrtCudaSession:
         """On the current CUDA device of torch, with a stream that torch knows."""
@@ -149,7 +155,7 @@ class OnnxRuntime(Engine):
             settings["use_tf32"] = int(self.tf32)
         session = self._open(path, self._options(level), self.provider, settings=settings)
         taken = max(0, before - torch.cuda.mem_get_info(device)[0]) / MIB
-        return OrtCudaSession(session, path, self._threads(), taken, device, stream)
+        return OrtCudaSession(session, path, self._threads(), taken, device, stream, self.profiles)
 
     def _open(
         self,
@@ -195,7 +201,7 @@ class OnnxRuntime(Engine):
                     "free some memory, engine.optimisation=basic, fewer views, or smaller images",
                 ) from error
             raise ReconError(
-                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}",
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}{module_named(path, reason)}",
                 "the file is damaged or uses what this ONNX Runtime lacks: delete it and run again",
             ) from error
         session.disable_fallback()

@@ -17,6 +17,7 @@ Left alone, ONNX Runtime 1.31 gives up quantisation in four silent ways, each se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from recon.onnxgraph import OnnxGraph
 if TYPE_CHECKING:
     import onnx
 
+NODE = re.compile(r"with name '([^']+)'|In Node, \(\"([^\"]+)\"|in node \(([^)]+)\)")
 NO_FP4 = "has no kernel for four-bit E2M1 values (FLOAT4E2M1), in which NVFP4 is stored"
 KERNELS: dict[str, dict[str, str]] = {
     "cpu": {
@@ -64,6 +66,19 @@ def refusal(provider: str, formats: Sequence[LayerFormat], rest: RestFormat) -> 
     asked = [rest, *(form.weight for form in formats)]
     found = next((name for name in asked if name in table), "")
     return f"ONNX Runtime's {provider} provider {table[found]}" if found else ""
+
+
+def module_named(path: Path, reason: str) -> str:
+    """` (in module PATH)` for the node that ONNX Runtime's message names; empty where either is not known."""
+    found = NODE.search(reason)
+    try:
+        graph = OnnxGraph(path) if found else None
+    except Exception:  # protobuf and onnx raise types of their own: the file cannot be read, as the message says
+        return ""
+    name = next((group for group in found.groups() if group), "") if found else ""
+    node = next((node for node in graph.nodes if node.name == name), None) if graph and name else None
+    module = graph.module(node) if graph and node is not None else ""
+    return f" (in module {module})" if module else ""
 
 
 def rewrites(path: Path) -> Rewrites:

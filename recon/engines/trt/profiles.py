@@ -1,14 +1,20 @@
-"""Optimisation profiles: the ranges of dynamic shapes that a plan is built for.
+"""Optimisation profiles: the ranges of dynamic shapes that a plan is built for, or that a session is to take.
 
-TensorRT accepts unknown names and minima above maxima without a word and fails later, so all of it is checked here.
+TensorRT accepts unknown names and minima above maxima without a word and fails later, and ONNX Runtime takes any size,
+so all of it is checked here.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from recon.errors import ReconError
+from recon.network import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]
 Shape = tuple[int, ...]  # -1 = dynamic
@@ -72,6 +78,20 @@ def _fit_input(where: str, name: str, points: Mapping[str, Sequence[int]], input
         fixed = len(sizes) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, sizes, strict=True))
         if fixed:
             raise ReconError(f"{where}.{point}={list(sizes)}: the graph's input is {list(shape)}", "-1 alone may vary")
+
+
+def require(profiles: Sequence[Profile], inputs: Mapping[str, TensorSpec], feeds: Mapping[str, torch.Tensor]) -> None:
+    """Refuse feeds of a session with dynamic shapes that have another dtype, or lie in none of its profiles.
+
+    Raises:
+        ReconError: an input and its dtype, or all shapes and the profiles.
+    """
+    for name, spec in inputs.items():
+        if (got := str(feeds[name].dtype).removeprefix("torch.")) != spec.dtype:
+            raise ReconError(f"input {name!r} is {got}: the engine takes {spec.dtype}", "convert it first")
+    shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+    if matching(profiles, shapes) is None:
+        raise ReconError(f"inputs {shapes} lie in none of the engine's profiles", f"it holds {list(profiles)}")
 
 
 def matching(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> int | None:

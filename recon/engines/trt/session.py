@@ -60,14 +60,7 @@ class TensorRTSession(Session):
         """Check and run; a plan with dynamic shapes takes every shape that one of its profiles holds."""
         if not self._dynamic or self._shared is None or feeds.keys() != self.inputs.keys():
             return super().infer(feeds)
-        for name, spec in self.inputs.items():
-            if (got := str(feeds[name].dtype).removeprefix("torch.")) != spec.dtype:
-                raise ReconError(f"input {name!r} is {got}: the engine takes {spec.dtype}", "convert it first")
-        shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
-        if profiles.matching(self._shared.facts.profiles, shapes) is None:
-            raise ReconError(
-                f"inputs {shapes} lie in none of the plan's profiles", f"it holds {list(self._shared.facts.profiles)}"
-            )
+        profiles.require(self._shared.facts.profiles, self.inputs, feeds)
         return self._run(feeds)
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
