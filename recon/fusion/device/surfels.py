@@ -25,7 +25,7 @@ class DeviceSurfelMap(Map):
     """See `Surfel`. Views may hold NumPy arrays or tensors (depth, image, confidence); K and pose are NumPy's.
 
     Columns are tensors that double when full; rows 0..size-1 are in use, oldest first, and are those of `SurfelMap`
-    for the same input. Sizes are read back (pixels under surfels, new ones, living ones, once the unit), no images.
+    for the same input. Sizes are read back (new surfels, living ones, once the unit), no images.
     """
 
     def __init__(self, options: Surfel, device: str | torch.device) -> None:
@@ -48,15 +48,16 @@ class DeviceSurfelMap(Map):
         """
         o = self.options
         depth, image = upload(view, self.device, o.max_depth, o.min_confidence)
-        self._unit = self._unit or _half_median(depth)
-        if not self._unit:
+        unit = self._unit or _half_median(depth)
+        if not unit:
             return  # no pixel, and none before
-        sight = Sight(depth, image, Eye.of(self._cameras.of([view])), o, self._unit)
+        sight = Sight(depth, image, Eye.of(self._cameras.of([view])), o, unit)
         normals = sight.normals()
         merged, covered = surfel_update.merge(self._rows(), sight, normals, frame)
         fresh = surfel_update.spawn(sight, normals, covered)
         living = torch.nonzero(merged["weight"] > 0)[:, 0]
         self._store(merged, living, fresh, frame)
+        self._unit = unit
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
         """`render` as a NumPy array."""
