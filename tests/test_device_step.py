@@ -205,3 +205,85 @@ def test_a_recorded_graph_gives_what_single_launches_give() -> None:
     for alone, replayed in zip(*results, strict=True):
         np.testing.assert_allclose(replayed, alone, rtol=1e-9)
         assert np.isfinite(replayed).all()
+
+
+def test_the_fits_wait_for_nothing() -> None:
+    """What is recorded as a CUDA graph must not read values: none of its operations may bring one to the host."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from recon.live.device_align import _figures
+
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(str(call))
+            return call(*args, **(kwargs or {}))
+
+    depth = torch.rand(2, 48, 64) + 1
+    known = torch.tensor([[float("nan"), float("nan"), 1], [1.0, 0.0, 2]], dtype=torch.float64)
+    for kind, metric in (("disparity", True), ("relative", True), ("metric", True)):
+        like = ALL.aligner("a", kind, metric)  # type: ignore[arg-type]
+        _figures(like, 1 / depth, depth, known)  # fills caches, as the first call does
+        with torch.inference_mode(), Watch():
+            found = _figures(like, 1 / depth, depth, known)
+        assert found.shape[0] == 2
+    assert len(seen) > 30
+    waits = ("local_scalar", "nonzero", "unique", "masked_select", "item", "index.Tensor_mask", "_to_copy.cpu")
+    assert not [name for name in seen if any(word in name for word in waits)]
+
+
+class Counting(torch.nn.Module):
+    """Mean of the channels as depth: tells images and their order apart."""
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+        return (pixel_values.mean(1),)
+
+
+def session_of(batch: int) -> Any:
+    from recon.engines.torch import TorchSession
+    from recon.network import Network, TensorSpec
+
+    shape = (batch, 3, 28, 42)
+    network = Network(
+        "counting", {"pixel_values": TensorSpec(shape)}, ("disparity",), f"none{batch}", Counting,
+        lambda seed: {"pixel_values": torch.zeros(shape)},
+    )  # fmt: skip
+    return TorchSession(network, Counting())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_images_on_a_device_give_the_depth_of_images_on_the_host(batch: int) -> None:
+    """Whatever the engine takes at once: parts that it does not fill are filled up, and nothing of that comes back."""
+    depth = option("depth", "da-mini")
+    rng = np.random.default_rng(0)
+    views = [View("", i, rng.integers(0, 255, (60, 80, 3), np.uint8)) for i in range(3)]
+    one, all_at_once = session_of(1), session_of(batch)
+    wanted = np.stack([depth.predict(view, one) for view in views])
+    images = torch.from_numpy(np.stack([view.image for view in views]))
+    np.testing.assert_allclose(depth.predict_all(views, images, all_at_once).numpy(), wanted, atol=1e-5)
+    with DepthAnythingPool(
+        lambda: session_of(batch), workers=2, predict=depth.predict, predict_all=depth.predict_all
+    ) as p:
+        assert (p.batch, p.device) == (batch, "cpu")
+        parts = [future.result() for future in p.submit_images(views, images)]
+    assert [part.views for part in parts] == {1: [1, 1, 1], 2: [2, 1], 4: [3]}[batch]
+    assert all(part.error == "" and part.span.ms()[0] > 0 for part in parts)
+    np.testing.assert_allclose(torch.cat([part.depth for part in parts]).numpy(), wanted, atol=1e-5)
+    assert p.frames == 3
+
+
+@DEVICE
+def test_resize_on_a_device_is_within_a_grey_level_of_the_processors(device: str) -> None:
+    from recon.depth.nets.depth_anything import IMAGE_STD, preprocess
+    from recon.depth.nets.on_device import prepare, resized
+    from recon.geometry.preprocess import example_images
+
+    images = torch.from_numpy(example_images(2, (160, 120), 0))
+    wanted = preprocess(images.permute(0, 3, 1, 2), (98, 126))
+    found = resized(images.to(device).permute(0, 3, 1, 2), (98, 126)).cpu()
+    off = (found - wanted).abs() * torch.tensor(IMAGE_STD).reshape(3, 1, 1) * 255
+    assert off.max() < 1.01
+    assert (off > 0.5).float().mean() < 0.02
+    same = (lambda a: a < 1e-6) if device == "cpu" else (lambda a: a < 1.01)
+    assert same((prepare(images.to(device), (98, 126)).cpu() - wanted).abs().max())

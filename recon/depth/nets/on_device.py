@@ -14,8 +14,8 @@ from recon.depth.nets.depth_anything import IMAGE_MEAN, IMAGE_STD, preprocess
 def prepare(images: Tensor, size: tuple[int, int]) -> Tensor:
     """[N,h,w,3] uint8 RGB -> [N,3,H,W] FP32, normalised, on the images' device; size: (H, W).
 
-    As `preprocess`, which the CPU takes. CUDA has no resize of uint8: values are rounded to whole grey levels, of which
-    some are one off.
+    As `preprocess`, which the CPU takes. CUDA has no resize of uint8: FP32 values are rounded to whole grey levels, of
+    which about one in two hundred is one off.
     """
     planes = images.permute(0, 3, 1, 2)
     return resized(planes, size) if images.is_cuda else preprocess(planes, size)
@@ -23,9 +23,11 @@ def prepare(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
     """[N,3,h,w] uint8 -> [N,3,H,W] FP32, normalised, by FP32 arithmetic on any device."""
-    large = F.interpolate(planes.float(), size, mode="bicubic", antialias=True, align_corners=False)
+    found = planes.float()
+    for part in ((planes.shape[2], size[1]), size):  # columns first, rounded in between, as the kernel of uint8 does it
+        found = F.interpolate(found, part, mode="bicubic", antialias=True, align_corners=False).round_().clamp_(0, 255)
     mean, std = _statistics(planes.device)
-    return (large.round_().clamp_(0, 255) - mean) / std
+    return (found - mean) / std
 
 
 @lru_cache(maxsize=16)
