@@ -169,6 +169,8 @@ def attention(views: int, out: Path) -> None:
             AttentionTile(groups=2, registers=232),
             AttentionTile(n=64, stages=4),
             AttentionTile(n=64, stages=6),
+            AttentionTile(n=64, stages=4, eager=True),
+            AttentionTile(n=128, stages=3, eager=True),
         ):
             for bounded in (True, False):
                 result.fill_(float("nan"))
@@ -176,6 +178,19 @@ def attention(views: int, out: Path) -> None:
                     launch.specialised_attention, packed, packed, packed, result, (0, 1024, 2048), 16, tile, bounded
                 )
                 note(out, group, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", call, flop, error=error)
+        balance = torch.tensor([scale**-0.5, scale**0.5], device="cuda").repeat_interleave(1024)
+        scores = reference.cast(packed[..., :2048] * balance, torch.float8_e4m3fn)
+        for tile in (
+            AttentionTile(n=64, stages=4),
+            AttentionTile(n=64, stages=4, eager=True),
+            AttentionTile(n=64, stages=6, eager=True),
+            AttentionTile(n=128, stages=3, eager=True),
+        ):
+            result.fill_(float("nan"))
+            call = partial(
+                launch.specialised_attention, scores, scores, packed, result, (0, 1024, 2048), 16, tile, True
+            )
+            note(out, group, f"gluon bounded e4m3 scores {label(tile)}", call, flop, error=error)
 
 
 def streaming(views: int, out: Path) -> None:

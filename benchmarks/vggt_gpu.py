@@ -3,6 +3,7 @@
     python benchmarks/vggt_gpu.py --out vggt.json --views 8 1 --modes bf16 fp8 --peer 8 1     # about 6 minutes
     python benchmarks/vggt_gpu.py --out vggt_many.json --views 32 64 --modes bf16             # about 6 minutes
     python benchmarks/vggt_gpu.py --out vggt_fp16.json --views 8 1 --modes fp16 fp8-all       # about 5 minutes
+    python benchmarks/vggt_gpu.py --out vggt_eager.json --views 8 1 --modes bf16 fp8 --eager --fp8-scores   # 5 minutes
     python benchmarks/vggt_gpu.py --out vggt_int8.json --views 8 --modes int8                 # plain Inductor
 
 Needs torch and recon's plain dependencies. Packages are built by the build stage's own code (`Inductor.build` from
@@ -22,6 +23,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,19 @@ def main() -> None:
     parser.add_argument("--peer", type=int, nargs="*", default=[])
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--kernels", default="auto", help="engine.kernels")
+    parser.add_argument("--fp8-scores", action="store_true", help="engine.fp8_scores, in the modes with FP8 layers")
+    parser.add_argument("--eager", action="store_true", help="attention with its weights formed early")
     parser.add_argument("--preset", default="vggt-1b", help="another is only good for trying the script")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--golden", type=Path)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    record = machine()
+    record = machine() | {"eager": arguments.eager}
+    if arguments.eager:
+        from recon.kernels import launch
+
+        launch.LONG = replace(launch.LONG, eager=True)
     if arguments.golden:
         record["parity_rel_l2"] = parity(arguments.golden)
         print("parity, FP32 against golden:", {k: f"{v:.1e}" for k, v in record["parity_rel_l2"].items()})
@@ -84,7 +92,8 @@ def network_of(preset: str, views: int) -> Network:
 def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
     """One row: a session as engine=inductor opens it."""
     views = network.inputs["images"].shape[0]
-    engine = Inductor(name="inductor", device="cuda", kernels=arguments.kernels)
+    scores = arguments.fp8_scores and mode.startswith("fp8")
+    engine = Inductor(name="inductor", device="cuda", kernels=arguments.kernels, fp8_scores=scores)
     asked = recipe(network, mode, "cuda")
     with tempfile.TemporaryDirectory() as folder, session(network, asked, engine, Path(folder)) as (running, facts):
         feeds = {"images": network.example(0)["images"].cuda()}

@@ -282,6 +282,33 @@ def test_cpu_builds_are_inductors_unless_asked(monkeypatch: pytest.MonkeyPatch, 
     assert facts["effective"]["kernels"] == {"requested": "inductor", "effective": "inductor"}
 
 
+def test_fp8_scores_are_asked_for_recorded_and_close(tmp_path: Path) -> None:
+    of = vggt()
+    asked = recipe(of, "fp8", keep=["camera_head.*"])
+    path, _ = made(of, asked, tmp_path, fp8_scores=True)
+    assert read_manifest(path).effective["kernels"]["fp8_scores_in_blocks"] == 8  # the trunk's, not the encoder's
+    attention = [layer for layer in engine().inspect(path).layers if layer.op == "recon.attention"]
+    assert {layer.inputs for layer in attention} == {("fp8", "fp8", "bf16"), ("bf16", "bf16", "bf16")}
+    module = of.load()
+    plain, low = (module.to_inference(recipe=asked, low_scores=on, compile=False) for on in (False, True))  # type: ignore[operator]
+    with engine().load(path) as session, torch.inference_mode():
+        feeds = of.example(5)
+        found, same, without, full = session.infer(feeds), *(net(*feeds.values()) for net in (low, plain, module))
+    for name, a, b, wanted in zip(of.outputs, same, without, full, strict=True):
+        assert torch.equal(found[name], a)
+        assert rel(a, wanted) < 1.5 * rel(b, wanted) + 1e-2
+    assert any(not torch.equal(a, b) for a, b in zip(same, without, strict=True))
+
+
+def test_fp8_scores_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ReconError, match="fp8_scores=true with engine"):
+        engine(kernels="inductor", fp8_scores=True).check()
+    assert "none is asked for" in engine(fp8_scores=True).refuses([], "bf16")
+    assert engine(fp8_scores=True).refuses([FP8], "bf16") == ""
+    with pytest.raises(ReconError, match=r"engine\.fp8_scores=true: recon's kernels are for GPUs"):
+        engine(kernels="auto", fp8_scores=True).build(Build(depth(), None, Recipe), tmp_path / "n.pt2")
+
+
 def test_settings_are_checked_and_part_of_the_key() -> None:
     with pytest.raises(ReconError, match=r"engine\.kernels=fast: not known"):
         engine(kernels="fast").check()

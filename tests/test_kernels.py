@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from recon.depth.nets.depth_anything import build as build_depth
 from recon.errors import ReconError
 from recon.kernels import ops, reference
 from recon.kernels.graphs import Streams
-from recon.kernels.transformer import BlockWeights, FastBlock, Norm, Product, score_bound
+from recon.kernels.transformer import BlockWeights, FastBlock, Norm, Product, balanced, score_bound
 from recon.models.nets.blocks import rotate, rotation_table
 from recon.models.nets.config import PRESETS
 from recon.models.nets.vggt import build
@@ -133,6 +134,13 @@ def test_scores_without_a_safe_bound_take_the_running_form() -> None:
 
     assert block(0.35).bounded  # trained and seeded norms of VGGT, with the softmax scale in the queries
     assert not block(3.0).bounded
+
+
+def test_low_scores_use_the_range_of_their_type() -> None:
+    weights = torch.stack([torch.full((64,), 0.125), torch.ones(64)])
+    q, k = balanced(weights)
+    assert q * k == pytest.approx(math.log2(math.e))
+    assert 0.125 * q == pytest.approx(k)
 
 
 def test_products_refuse_to_quantise_unseen() -> None:
@@ -346,9 +354,31 @@ def test_attention_on_the_gpu(bounded, sequences, tokens, heads) -> None:
     q, k, v = qkv.reshape(sequences, tokens, -1).bfloat16().chunk(3, -1)
     found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=bounded)
     assert rel(found, reference.attention(q, k, v, heads, torch.float32)) < 5e-3
+    if tokens > 100:
+        low = [reference.cast(part, E4M3, scale) for part, scale in ((q, 2.0), (k, 0.5))]
+        found = ops.attention(*low, v, heads, torch.bfloat16, bounded=bounded)
+        assert rel(found, reference.attention(*low, v, heads, torch.float32)) < 5e-3
     if not bounded:
         found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=False, score_scale=0.7)
         assert rel(found, reference.attention(q, k, v, heads, torch.float32, 1.0, 0.7)) < 5e-3
+
+
+@cuda
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_eager_attention_on_the_gpu(bounded, low) -> None:
+    from recon.kernels import launch
+
+    qkv = draw(2, 1374, 3, 16, 64, device="cuda")
+    qkv[:, :, :2] = F.layer_norm(qkv[:, :, :2], (64,)) * (math.log2(math.e) / 8) ** 0.5
+    q, k, v = qkv.reshape(2, 1374, -1).bfloat16().chunk(3, -1)
+    if low:
+        q, k = reference.cast(q, E4M3), reference.cast(k, E4M3)
+    wanted = reference.attention(q, k, v, 16, torch.float32)
+    for tile in (launch.LONG, replace(launch.LONG, eager=True)):
+        out = torch.empty(2, 1374, 1024, dtype=torch.bfloat16, device="cuda")
+        launch.specialised_attention(q, k, v, out, (0, 0, 0), 16, tile, bounded)
+        assert rel(out, wanted) < 5e-3
 
 
 @cuda

@@ -34,6 +34,9 @@ class Inductor(Engine):
     """recon: the network's fast form with `recon.kernels` (compute capability 9.0; on the CPU their torch twins, for
     tests). inductor: the plain network, compiled. auto: recon on CUDA where that carries out all that is asked for,
     else inductor; which it was, and why, is in the manifest."""
+    fp8_scores: bool = False
+    """With recon's kernels and FP8 layers: attention's scores from FP8 queries and keys where the network normalises
+    them (VGGT's trunk). Not part of what `precision` says, so it has to be asked for."""
     max_autotune: bool = False
     """Time several kernels per operator at build and keep the fastest: minutes longer."""
     cuda_graph: bool | None = None
@@ -48,6 +51,11 @@ class Inductor(Engine):
             raise ReconError("engine.cuda_graph=true with engine.device=cpu", "engine.cuda_graph=null, or device=cuda")
         if self.kernels not in KERNELS:
             raise ReconError(f"engine.kernels={self.kernels}: not known", f"choose one of {', '.join(KERNELS)}")
+        if self.kernels == "inductor" and self.fp8_scores:
+            raise ReconError(
+                "engine.fp8_scores=true with engine.kernels=inductor: only recon's kernels have such scores",
+                "engine.kernels=auto, or engine.fp8_scores=false",
+            )
         if self.kernels == "recon" and self.max_autotune:
             raise ReconError(
                 "engine.kernels=recon with engine.max_autotune=true: only Inductor's kernels are tuned",
@@ -56,7 +64,9 @@ class Inductor(Engine):
 
     def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
         reason = refusal(formats, rest, self.device)
-        if reason or self.kernels != "recon":
+        if not reason and self.fp8_scores and all(asked.activation != "fp8" for asked in formats):
+            reason = "engine.fp8_scores=true goes with FP8 layers, and none is asked for"
+        if reason or (self.kernels != "recon" and not self.fp8_scores):
             return reason
         from recon.engines.aoti.form import why_not_on
         from recon.lowbit.fast import why_not_formats
@@ -79,7 +89,7 @@ class Inductor(Engine):
         from recon.engines.aoti.compile import build, require_finite
 
         self.check()
-        facts = build(source, out, self.device, self.max_autotune, self.kernels)
+        facts = build(source, out, self.device, self.max_autotune, self.kernels, self.fp8_scores)
         with self.load(out) as session:
             require_finite(session, source.network, facts["rest"])
         return facts

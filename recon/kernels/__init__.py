@@ -5,4 +5,4 @@
 multiplies while it runs. Nothing here is imported where a network is only exported.
 """
 
-FORM_VERSION = "form.1"  # raise when the tensors of a fast network get other names or meanings
+FORM_VERSION = "form.2"  # raise when the tensors of a fast network get other names or meanings

@@ -40,13 +40,17 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block shape of the specialised attention: groups * rows queries a program."""
+    """Block shape of the specialised attention: groups * rows queries a program.
+
+    eager: all weights of a step are formed before the wait for the product of the step before (see `EAGER` there).
+    """
 
     rows: int = 64
     n: int = 128
     groups: int = 3
     stages: int = 3
     registers: int = 160
+    eager: bool = False
 
 
 def linear(
@@ -85,7 +89,7 @@ def specialised_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
     bounded: bool, out_scale: float = 1.0, score_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """As `attention`, by `attention_gluon`; 16-bit operands."""
+    """As `attention`, by `attention_gluon`; 16-bit operands, queries and keys E4M3 if they are."""
     sequences, tokens = q.shape[:2]
 
     def described(x: Tensor, block: list[int]) -> Any:
@@ -96,8 +100,8 @@ def specialised_attention(
         described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
         tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages,
-        GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded, SCALED=score_scale != 1, HEADS=heads,
-        num_warps=4,
+        GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded, SCALED=score_scale != 1, EAGER=tile.eager,
+        HEADS=heads, num_warps=4,
     )  # fmt: skip
 
 
@@ -124,12 +128,25 @@ def add_layer_norm(
 
 def qk_norm_rotate(
     qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, eps: float,
-    q_scale: float = 1.0,
+    q_scale: float = 1.0, k_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """qkv [rows, 3*heads*64] -> out [rows, 2*heads*64]; cos, sin [tokens, 32] repeat over the rows."""
+    """qkv [rows, 3*heads*64] -> out [rows, 2*heads*64] in its own dtype; cos, sin [tokens, 32] repeat over the rows."""
     rows, together = qkv.shape[0], 4
     pointwise_triton.qk_norm_rotate_kernel[(triton.cdiv(rows, together), 2)](
-        qkv, weights, biases, cos, sin, out, rows, cos.shape[0], q_scale, eps, HEADS=heads, ROWS=together, num_warps=4
+        qkv,
+        weights,
+        biases,
+        cos,
+        sin,
+        out,
+        rows,
+        cos.shape[0],
+        q_scale,
+        k_scale,
+        eps,
+        HEADS=heads,
+        ROWS=together,
+        num_warps=4,
     )
 
 
@@ -155,7 +172,8 @@ def attend(
 ) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
     sequences, tokens = q.shape[:2]
-    if triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128:  # else too few for the card
+    many = triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128  # else too few for the card
+    if many or q.dtype != v.dtype:
         specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale, score_scale)
     else:
         attention(

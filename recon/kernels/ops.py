@@ -54,14 +54,16 @@ def joined_layer_norm(
 
 
 def qk_norm_rotate(
-    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float
-) -> Tensor:
-    """qkv [rows, 3C] -> normalised and rotated queries and keys [rows, 2C]; see the twin for the tables."""
+    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float,
+    k_scale: float = 1.0, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """qkv [rows, 3C] -> normalised and rotated queries and keys [rows, 2C] in dtype (qkv's); tables as the twin."""
+    dtype = dtype or qkv.dtype
     if not qkv.is_cuda:
-        return reference.qk_norm_rotate(qkv, weights, biases, cos, sin, heads, eps, q_scale)
+        return reference.qk_norm_rotate(qkv, weights, biases, cos, sin, heads, eps, q_scale, k_scale, dtype)
     _require_head(qkv.shape[1] // 3, heads)
-    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3 * 2)
-    _launch().qk_norm_rotate(qkv, weights, biases, cos, sin, out, heads, eps, q_scale)
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3 * 2, dtype=dtype)
+    _launch().qk_norm_rotate(qkv, weights, biases, cos, sin, out, heads, eps, q_scale, k_scale)
     return out
 
 
@@ -83,7 +85,7 @@ def attention(
     in dtype.
 
     bounded: the caller knows that no score exceeds what the operands' type can hold as a power of two (110 in BF16,
-    14 in FP16), which saves the running maximum; score_scale is 1 then.
+    14 in FP16), which saves the running maximum; score_scale is 1 then. q and k may be E4M3 beside a 16-bit v.
     """
     assert score_scale == 1 or not bounded, "normalised queries take the factor with them"
     if not q.is_cuda:

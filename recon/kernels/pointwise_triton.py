@@ -73,12 +73,12 @@ def add_layer_norm_kernel(
 
 @triton.jit
 def qk_norm_rotate_kernel(
-    qkv, weights, biases, cos, sin, out, rows, tokens, q_scale, eps, HEADS: tl.constexpr, ROWS: tl.constexpr
+    qkv, weights, biases, cos, sin, out, rows, tokens, q_scale, k_scale, eps, HEADS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Queries (program axis 1 = 0) and keys (1) of ROWS tokens: LayerNorm over each head's 64 channels, then rotation.
 
     qkv [rows, 3 * HEADS * 64]; weights, biases [2, 64] FP32; cos, sin [tokens, 32] FP32; out [rows, 2 * HEADS * 64].
-    Queries are multiplied by q_scale.
+    Queries are multiplied by q_scale, keys by k_scale.
     """
     pair = tl.program_id(0) * (ROWS * HEADS) + tl.arange(0, triton.next_power_of_2(ROWS * HEADS))
     part = tl.program_id(1)
@@ -93,7 +93,7 @@ def qk_norm_rotate_kernel(
     inverse = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None] / 64 + eps)
     a = a * inverse * tl.load(weights + part * 64 + channel) + tl.load(biases + part * 64 + channel)
     b = b * inverse * tl.load(weights + part * 64 + 32 + channel) + tl.load(biases + part * 64 + 32 + channel)
-    scale = tl.where(part == 0, q_scale, 1.0)
+    scale = tl.where(part == 0, q_scale, k_scale)
     angle = (row % tokens)[:, None] * 32 + channel
     c, s = tl.load(cos + angle) * scale, tl.load(sin + angle) * scale
     target = out + (row * (2 * HEADS * 64) + part * (HEADS * 64) + head * 64)[:, None] + channel

@@ -39,11 +39,13 @@ def joined_layer_norm(
 
 
 def qk_norm_rotate(
-    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float
-) -> Tensor:
-    """qkv [rows, 3C] -> normalised, rotated queries and keys [rows, 2C] in its dtype; weights, biases [2, head width].
+    qkv: Tensor, weights: Tensor, biases: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: float,
+    k_scale: float = 1.0, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """qkv [rows, 3C] -> normalised, rotated queries and keys [rows, 2C] in dtype (else qkv's).
 
-    The tables [tokens, head width / 2] repeat over the rows. Queries are multiplied by q_scale.
+    Weights and biases are [2, head width]. The tables [tokens, head width / 2] repeat over the rows. Queries are
+    multiplied by q_scale, keys by k_scale.
     """
     rows, width = qkv.shape[0], qkv.shape[1] // 3
     parts = qkv[:, : 2 * width].float().reshape(rows // cos.shape[0], cos.shape[0], 2, heads, width // heads)
@@ -52,7 +54,8 @@ def qk_norm_rotate(
     c, s = cos[:, None, None], sin[:, None, None]
     turned = torch.cat([a * c - b * s, b * c + a * s], -1)
     turned[:, :, 0] *= q_scale
-    return turned.reshape(rows, 2 * width).to(qkv.dtype)
+    turned[:, :, 1] *= k_scale
+    return cast(turned.reshape(rows, 2 * width), dtype or qkv.dtype)
 
 
 def gelu(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

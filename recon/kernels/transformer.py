@@ -182,10 +182,12 @@ class FastBlock(nn.Module):
     gain1: Tensor | None
     gain2: Tensor | None
 
-    def __init__(self, weights: BlockWeights, dtype: torch.dtype) -> None:
+    def __init__(self, weights: BlockWeights, dtype: torch.dtype, low_scores: bool = False) -> None:
         super().__init__()
         self.heads, self.eps, self.dtype = weights.heads, weights.qk_eps, dtype
         self.normed, self.bounded = weights.qk_norm is not None, False
+        self.low_scores = low_scores and self.normed
+        self.score_dtype, self.q_scale, self.k_scale = dtype, LOG2_E, 1.0
         pairs = [(weight.detach().float(), bias.detach().float()) for weight, bias in weights.qkv]
         self.score_scale = 1.0
         if weights.qk_norm is not None:
@@ -236,8 +238,12 @@ class FastBlock(nn.Module):
 
     def settle(self) -> None:
         """As `Product.settle`."""
-        if self.normed and not self.qk_weights.is_meta:
-            self.bounded = score_bound(self.qk_weights, self.qk_biases) <= SCORE_LIMITS[self.dtype]
+        if not self.normed or self.qk_weights.is_meta:
+            return
+        self.bounded = score_bound(self.qk_weights, self.qk_biases) <= SCORE_LIMITS[self.dtype]
+        if self.low_scores:
+            self.score_dtype = torch.float8_e4m3fn
+            self.q_scale, self.k_scale = balanced(self.qk_weights)
 
     def _attended(
         self, normed: Tensor, sequences: int, rotation: tuple[Tensor, Tensor] | None
@@ -251,10 +257,21 @@ class FastBlock(nn.Module):
         if self.normed:
             assert rotation is not None
             turned = ops.qk_norm_rotate(
-                found[0], self.qk_weights, self.qk_biases, *rotation, self.heads, self.eps, LOG2_E
-            )
+                found[0], self.qk_weights, self.qk_biases, *rotation, self.heads, self.eps, self.q_scale, self.k_scale,
+                self.score_dtype,
+            )  # fmt: skip
             q, k = turned.view(sequences, -1, turned.shape[1]).chunk(2, -1)
         return q, k, v
+
+
+def balanced(weights: Tensor) -> tuple[float, float]:
+    """Factors of queries and keys, whose product is log2 e, that make their largest norm weights equal.
+
+    E4M3 has 15 binades of full precision; the softmax scale in the queries alone would waste three of them.
+    """
+    q, k = (float(top) for top in weights.abs().amax(1).clamp(min=1e-6))
+    even = math.sqrt(k / (q * LOG2_E))
+    return LOG2_E * even, 1 / even
 
 
 def _scaled_queries(weight: Tensor, bias: Tensor, width: int, factor: float) -> tuple[Tensor, Tensor]:

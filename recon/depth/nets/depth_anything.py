@@ -76,13 +76,15 @@ class DisparityNet(nn.Module):
         *,
         recipe: Recipe | None = None,
         fp8: Sequence[Tensor] = (),
+        low_scores: bool = False,
         compile: bool = True,
     ) -> FastDisparity:
         """A second network of the same function for inference, on this one's device; see `fast` for what is low.
 
         dtype: torch.float16 or torch.bfloat16. recipe: its FP8 layers are E4M3 with its codes and ranges, all others as
         without it. fp8, instead of a recipe: example inputs; with some, all products of the backbone are E4M3 with
-        ranges seen on them. compile: the dense head through torch.compile.
+        ranges seen on them. low_scores: without effect, for queries and keys are not normalised here. compile: the
+        dense head through torch.compile.
         """
         from recon.depth.nets.fast import FastDisparity
 

@@ -25,6 +25,7 @@ from recon.engines.aoti.package import IDENTITY, Identity, read, trust
 from recon.engines.aoti.record import Recorder
 from recon.errors import ReconError
 from recon.formats import Recipe
+from recon.kernels.form import FastNetwork
 from recon.lowbit.apply import Wide, prepare, stored_bytes
 from recon.lowbit.support import device_name
 from recon.network import Network, TensorSpec
@@ -35,8 +36,10 @@ EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside
 LOGGERS = ("torch._inductor", "torch.export", "torch._export")
 
 
-def build(source: Build, out: Path, device: str, max_autotune: bool, kernels: str) -> dict[str, Any]:
-    """Write the package `out` and its log `<out>.log`; facts for the manifest. kernels: as the engine's knob.
+def build(
+    source: Build, out: Path, device: str, max_autotune: bool, kernels: str, fp8_scores: bool = False
+) -> dict[str, Any]:
+    """Write the package `out` and its log `<out>.log`; facts for the manifest. kernels, fp8_scores: the engine's knobs.
 
     Raises:
         ReconError: no C++ compiler, not enough memory, an operation that cannot be exported or compiled, or
@@ -46,13 +49,14 @@ def build(source: Build, out: Path, device: str, max_autotune: bool, kernels: st
     if kernels != "inductor" and not (reason := _unfit(kernels, device, max_autotune)):
         made = recipe()
         with build_log(out), translated(source.network, device):
-            found = form.converted(source.network.load(), source, made, device)
+            found = form.converted(source.network.load(), source, made, device, fp8_scores)
             if not isinstance(found, str):
                 facts = form.write(found, source, made, out, device)
-                return _facts(out, made, []) | facts | _route(kernels, "recon", "")
+                return _facts(out, made, []) | facts | _route(kernels, "recon", "", found if fp8_scores else None)
         reason, recipe = found, lambda: made
-    if kernels == "recon":
-        raise ReconError(f"engine.kernels=recon: {reason}", "engine.kernels=inductor compiles the plain network")
+    if kernels == "recon" or fp8_scores:
+        knob = "engine.kernels=recon" if kernels == "recon" else "engine.fp8_scores=true"
+        raise ReconError(f"{knob}: {reason}", "engine.kernels=inductor compiles the plain network")
     return _compile(source, recipe(), out, device, max_autotune) | _route(kernels, "inductor", reason)
 
 
@@ -65,9 +69,11 @@ def _unfit(kernels: str, device: str, max_autotune: bool) -> str:
     return form.why_not_on(device)
 
 
-def _route(requested: str, effective: str, reason: str) -> dict[str, Any]:
-    """What was asked for and what was done, for the manifest's effective settings."""
-    said = {"requested": requested, "effective": effective} | ({"reason": reason} if reason else {})
+def _route(requested: str, effective: str, reason: str, scored: FastNetwork | None = None) -> dict[str, Any]:
+    """What was asked for and what was done, for the manifest's effective settings. scored: with FP8 scores."""
+    said: dict[str, Any] = {"requested": requested, "effective": effective} | ({"reason": reason} if reason else {})
+    if scored is not None:
+        said["fp8_scores_in_blocks"] = sum(getattr(block, "low_scores", False) for block in scored.modules())
     return {"effective": {"kernels": said}}
 
 

@@ -51,7 +51,9 @@ def why_not_on(device: str) -> str:
     return ""
 
 
-def converted(module: nn.Module, source: Build, recipe: Recipe, device: str) -> FastNetwork | str:
+def converted(
+    module: nn.Module, source: Build, recipe: Recipe, device: str, low_scores: bool = False
+) -> FastNetwork | str:
     """The network's fast form on `device`, or the reason why there is none that carries out the recipe."""
     convert = getattr(module, "to_inference", None)
     if convert is None:
@@ -59,7 +61,7 @@ def converted(module: nn.Module, source: Build, recipe: Recipe, device: str) -> 
     if reason := why_not(recipe):
         return reason
     module = module.to(device).requires_grad_(False)
-    network: FastNetwork = convert(dtype_of(recipe), recipe=recipe, compile=False)
+    network: FastNetwork = convert(dtype_of(recipe), recipe=recipe, low_scores=low_scores, compile=False)
     if device != "cpu" and (reason := network.misfit()):
         return reason
     named = source.network.inputs

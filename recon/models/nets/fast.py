@@ -40,10 +40,12 @@ class Policy:
 
     dtype: of products, attention's operands and convolutions; float16 is 5 times closer to FP32 than bfloat16, but
     overflows where an activation passes 65504, and draws more power. compile: the dense heads through torch.compile.
+    low_scores: the trunk's queries and keys, which are normalised, are E4M3 in their product; weights and values stay.
     """
 
     dtype: torch.dtype = torch.bfloat16
     compile: bool = True
+    low_scores: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.bfloat16, torch.float16):
@@ -62,7 +64,7 @@ class FastVGGT(FastNetwork):
         super().__init__()
         self.policy, self.parts, self.config = policy, network.parts, network.aggregator.config
         self.encoder = FastEncoder(network, policy.dtype, recipe)
-        self.trunk = FastTrunk(network, policy.dtype, recipe)
+        self.trunk = FastTrunk(network, policy, recipe)
         self.camera_head = FastCamera(network, recipe) if "camera" in self.parts else None
         dense = [part for part in self.parts if part in ("depth", "points")]
         self.dense = nn.ModuleDict(
@@ -112,8 +114,8 @@ class FastVGGT(FastNetwork):
         head = self.encoder
         size = [head.rows * head.patch, head.columns * head.patch]
         dtype = str(self.policy.dtype).removeprefix("torch.")
-        config = self.config.settings()
-        return {"config": config, "parts": list(self.parts), "size": size, "dtype": dtype, "fp8": self.fp8}
+        low = {"fp8": self.fp8, "low_scores": self.policy.low_scores}
+        return {"config": self.config.settings(), "parts": list(self.parts), "size": size, "dtype": dtype} | low
 
     def compile_dense(self) -> None:
         """From now on the dense heads run through torch.compile."""
@@ -151,7 +153,7 @@ def skeleton(settings: Mapping[str, Any]) -> FastVGGT:
     with torch.device("meta"):
         network = VGGT(VGGTConfig(**config), settings["parts"])
         network.requires_grad_(False).eval().finish(*settings["size"])
-        policy = Policy(getattr(torch, settings["dtype"]), compile=False)
+        policy = Policy(getattr(torch, settings["dtype"]), compile=False, low_scores=settings["low_scores"])
         rest = "bf16" if policy.dtype == torch.bfloat16 else "fp16"
         return FastVGGT(network, policy, skeleton_recipe(network, settings["fp8"], rest))
 
@@ -201,13 +203,14 @@ class FastTrunk(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, network: VGGT, dtype: torch.dtype, recipe: Recipe | None) -> None:
+    def __init__(self, network: VGGT, policy: Policy, recipe: Recipe | None) -> None:
         super().__init__()
         aggregator: Aggregator = network.aggregator
         self.taps = aggregator.config.taps
         rounds = range(aggregator.config.trunk_depth)
         paths = [f"aggregator.{kind}_blocks.{i}" for i in rounds for kind in ("frame", "global")]
-        self.blocks = nn.ModuleList(FastBlock(block_weights(network, path, recipe), dtype) for path in paths)
+        weights = (block_weights(network, path, recipe) for path in paths)
+        self.blocks = nn.ModuleList(FastBlock(block, policy.dtype, policy.low_scores) for block in weights)
         self.register_buffer("cos", aggregator.cos[:, 0].detach().clone(), persistent=False)
         self.register_buffer("sin", aggregator.sin[:, 0].detach().clone(), persistent=False)
 

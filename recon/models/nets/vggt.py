@@ -80,17 +80,19 @@ class VGGT(nn.Module):
         *,
         recipe: Recipe | None = None,
         fp8: Sequence[Tensor] = (),
+        low_scores: bool = False,
         compile: bool = True,
     ) -> FastVGGT:
         """A second network of the same function for inference, on this one's device; see `fast` for what is low.
 
         dtype: torch.bfloat16 or torch.float16. recipe: its FP8 layers are E4M3 with its codes and ranges, all others as
         without it. fp8, instead of a recipe: example inputs [S,3,H,W], any S; with some, all products of the
-        transformer blocks are E4M3 with ranges seen on them. compile: dense heads through torch.compile.
+        transformer blocks are E4M3 with ranges seen on them. low_scores: the trunk's scores from E4M3 queries and keys.
+        compile: dense heads through torch.compile.
         """
         from recon.models.nets.fast import FastVGGT, Policy
 
-        network = FastVGGT(self, Policy(dtype, compile), recipe)
+        network = FastVGGT(self, Policy(dtype, compile, low_scores), recipe)
         for images in fp8:
             network.calibrate(images)
         if fp8:
