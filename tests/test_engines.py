@@ -125,6 +125,7 @@ def test_an_operator_that_the_runtime_lacks_is_named(onnx_file: Path, tmp_path: 
         OnnxRuntime(name="onnxruntime").optimise(tmp_path / "odd.onnx", tmp_path / "odd.engine")
 
 
+@pytest.mark.slow
 def test_view_counts_within_a_profile_run_and_others_are_refused(tmp_path: Path) -> None:
     """VGGT exported with a dynamic number of views, in ONNX Runtime, and as a plan where TensorRT for RTX is installed."""
     option = VGGT(name="vggt-twin", preset="vggt-twin", weights="seeded:0", height=56, width=56)

@@ -321,8 +321,14 @@ MATRIX = [
 ]  # fmt: skip
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("mode", "precision"), MATRIX)
+ROUTES = [("none", "int8"), ("none", "fp8"), ("bitsandbytes-nf4", "bf16")]
+"""One for each way a product takes: integers, scaled FP8, weights stored in fewer bits. CI runs these."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [pytest.param(*pair, marks=pytest.mark.slow if pair in ROUTES else pytest.mark.matrix) for pair in MATRIX],
+)
 def test_the_depth_twin_in_every_mode(mode: str, precision: str, tmp_path: Path) -> None:
     from recon.config import option
     from recon.depth import Depth
