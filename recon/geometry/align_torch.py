@@ -9,7 +9,7 @@ chosen. RANSAC runs for every camera, which costs less than asking whether it is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class Samples:
     valid: Tensor
     count: Tensor
     overlap: Tensor
+
+    @cached_property
+    def ascending(self) -> Tensor:
+        """d [C,N] sorted, with what is not valid at the end."""
+        return _ascending(self.d, self.valid)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def draw(seeds: Tensor, found: Samples, options: AlignOptions) -> Draws:
 def fit(found: Samples, prior: Tensor, draws: Draws, options: AlignOptions) -> Found:
     """As `align.fit`. prior: [C,2] float64 (s, t) of the last frame, NaN where there is none."""
     d, y, z, valid = found.d, found.y, found.z, found.valid
-    ends = _quantiles(_ascending(d, valid), found.count, (0.1, 0.9))
+    ends = _quantiles(found.ascending, found.count, (0.1, 0.9))
     best = _ransac(found, draws, options)
     starts = torch.stack([prior, torch.stack([best.s, best.t], 1)], 1)
     s, t = _refine(d, y, z, valid, starts[..., 0], starts[..., 1], options.cut_off, options.rounds)
@@ -146,11 +151,13 @@ def figures(found: Samples, fitted: Found, far: Tensor) -> Tensor:
     size = r.abs()
     near = (size < 0.10) & valid
     apart = torch.where(predicted > 0, (1 / predicted - z).abs(), torch.inf)
-    ordered = _ascending(torch.stack([d, size, r, apart, y]), torch.stack([valid, valid, valid, valid, near]))
-    d10, d90 = _quantiles(ordered[0], count, (0.1, 0.9))
-    middle, p90 = _quantiles(ordered[1], count, (0.5, 0.9))
-    (bias,), (resid,) = (_quantiles(ordered[i], count, (0.5,)) for i in (2, 3))
-    low, mid, high = _quantiles(ordered[4], near.sum(1), (0.05, 0.5, 0.95))
+    sizes, signed, distances, inverse = _ascending(
+        torch.stack([size, r, apart, y]), torch.stack([valid, valid, valid, near])
+    )
+    d10, d90 = _quantiles(found.ascending, count, (0.1, 0.9))
+    middle, p90 = _quantiles(sizes, count, (0.5, 0.9))
+    (bias,), (resid,) = (_quantiles(values, count, (0.5,)) for values in (signed, distances))
+    low, mid, high = _quantiles(inverse, near.sum(1), (0.05, 0.5, 0.95))
     ends = [fitted.s * level + fitted.t for level in (d10, d90)]
     z10, z90 = (torch.where(level > 0, 1 / level, torch.inf) for level in ends)
     inliers = [((size < width) & valid).sum(1) / count for width in (0.05, 0.10)]
@@ -209,7 +216,7 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def _ransac(found: Samples, draws: Draws, options: AlignOptions) -> Found:
     """The best pair through two points of each camera; source RANSAC where there is one."""
     d, y, valid = found.d, found.y, found.valid
-    low, high = _quantiles(_ascending(d, valid), found.count, (0.05, 0.95))
+    low, high = _quantiles(found.ascending, found.count, (0.05, 0.95))
     d1, y1, d2, y2 = (part.gather(1, at) for at in (draws.first, draws.second) for part in (d, y))
     gap = d2 - d1
     s = (y2 - y1) / gap
