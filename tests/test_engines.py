@@ -1,6 +1,8 @@
 """Engines, the reference harness, and options that this version refuses."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -395,13 +397,38 @@ def test_modules_of_the_source_are_known_in_the_engine(onnx_file: Path, engine_f
     assert {module for layer in layers for module in layer.modules} == {"stem", "patch", "qkv", "out"}
 
 
-def test_too_little_memory_says_how_much_the_weights_take(
-    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise RuntimeError("bad_alloc: Failed to allocate memory for requested buffer of size 1073741824")
+OUT_OF_MEMORY = """
+import resource, sys
+import onnx, onnxruntime, psutil
+from pathlib import Path
+from recon.engines.onnxruntime import OnnxRuntime
+from recon.errors import ReconError
+limit = psutil.Process().memory_info().vms + 150 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    OnnxRuntime(name="onnxruntime", threads=1).optimise(Path(sys.argv[1]), Path(sys.argv[2]))
+except ReconError as error:
+    sys.exit(str(error))
+"""
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", full)
-    with pytest.raises(ReconError, match=r"size 1073741824; its weights alone take \d+ MiB") as caught:
-        OnnxRuntime(name="onnxruntime").optimise(onnx_file, tmp_path / "small.engine")
-    assert "fewer views" in caught.value.remedy
+
+def test_too_little_memory_says_how_much_the_weights_take(tmp_path: Path) -> None:
+    """192 MiB of weights where 150 MiB can be had."""
+    side, path = 4096, tmp_path / "large.onnx"
+    names = ["x", *(f"y{number}" for number in range(3))]
+    weight = numpy_helper.from_array(np.full((side, side), 1e-3, np.float32))
+    weights = [onnx.TensorProto() for _ in names[1:]]
+    for number, tensor in enumerate(weights):
+        tensor.CopyFrom(weight)
+        tensor.name = f"w{number}"
+    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(len(weights))]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, side]) for name in (names[0], names[-1]))
+    graph = helper.make_graph(nodes, "large", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save_model(model, str(path), save_as_external_data=True, location="large.onnx.data")
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(path), str(tmp_path / "large.engine")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "not enough memory for ONNX Runtime to open it" in done.stderr
+    assert "its weights alone take 192 MiB" in done.stderr
+    assert "fewer views" in done.stderr
