@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from recon.depth.recorded import Recorded
 from recon.errors import ReconError
 from recon.fusion.device.tsdf import DeviceTsdfMap
 from recon.fusion.tsdf import Tsdf, TsdfMap
+from recon.geometry.cameras import scale_intrinsics
 from recon.geometry.views import View
 from recon.live import DepthAnythingPool
 from recon.live.align import Align
@@ -27,16 +29,33 @@ OPTION = Tsdf(voxel=0.08)
 ALL = Align(render_width=64)  # 3072 pixels: every fit takes all of them, so no draw matters once it has settled
 
 
-def streamed(device: str | None, align: Align, predict: Any = None, **scene: Any) -> tuple[list[FrameResult], Streamer]:
-    """A synthetic scene through recorded depth; device None: on the host."""
-    source = replace(option("source", "synthetic"), **{"width": 128, "height": 96, "steps": 3, "count": 3, **scene})
+@dataclass
+class Mixed(Synthetic):
+    """The second camera has images of half the size."""
+
+    def batches(self) -> Iterator[list[View]]:
+        for views in super().batches():
+            one = views[1]
+            assert one.K is not None
+            assert one.depth is not None
+            K = scale_intrinsics(one.K, one.size, (one.size[0] // 2, one.size[1] // 2))
+            half = replace(one, image=one.image[::2, ::2].copy(), depth=one.depth[::2, ::2].copy(), K=K)
+            yield [views[0], half, *views[2:]]
+
+
+def streamed(
+    device: str | None, align: Align, predict: Any = None, kind: type[Synthetic] = Synthetic, anchors: int = 9,
+    **scene: Any,
+) -> tuple[list[FrameResult], Streamer]:  # fmt: skip
+    """A synthetic scene through recorded depth; device None: on the host. anchors: cameras in the bootstrap map."""
+    known = option("source", "synthetic").settings()
+    source = kind(**{**known, "width": 128, "height": 96, "steps": 3, "count": 3, **scene})
     depth = option("depth", "recorded")
-    assert isinstance(source, Synthetic)
     assert isinstance(depth, Recorded)
     bootstrap = option("model", "recorded").bootstrap(source.bootstrap(), source.scale(), None)
     maps: list[Any] = [TsdfMap(OPTION) if device is None else DeviceTsdfMap(OPTION, device) for _ in range(2)]
     for fused in maps:
-        fused.integrate_all(bootstrap.views, 0)
+        fused.integrate_all(bootstrap.views[:anchors], 0)
     results: list[FrameResult] = []
     with DepthAnythingPool(lambda: None, workers=2, predict=predict or depth.predict) as pool:
         streamer = Streamer(source, depth, pool, bootstrap, maps[0], maps[1], align)
@@ -72,6 +91,21 @@ def test_the_device_gives_what_the_host_gives(device: str) -> None:
     assert both.mean() > 0.97 * (wanted > 0).mean()
     assert np.median(np.abs(found[both] / wanted[both] - 1)) < 1e-3
     assert on_device.report().keys() == on_host.report().keys()
+
+
+@DEVICE
+def test_the_live_map_fills_in_and_sizes_may_differ(device: str) -> None:
+    """A bootstrap map of one camera alone covers too little of the others' images; the second one's are small ones."""
+    host, _ = streamed(None, ALL, kind=Mixed, anchors=1, moving=0, steps=2)
+    ours, _ = streamed(device, ALL, kind=Mixed, anchors=1, moving=0, steps=2)
+    assert [frame.view.size[0] for frame in ours[:3]] == [128, 64, 128]
+    assert min(frame.anchored for frame in host) < 1
+    assert [frame.align.reason for frame in ours[:3]] == [frame.align.reason for frame in host[:3]]
+    assert sum(frame.align.accepted for frame in ours) >= 3
+    for one, other in zip(ours, host, strict=True):
+        assert one.anchored == pytest.approx(other.anchored, abs=0.15)  # the live maps are not of the same moment
+        if one.align.accepted and other.align.accepted:
+            assert one.align.s == pytest.approx(other.align.s, rel=0.05)
 
 
 @DEVICE

@@ -9,7 +9,7 @@ chosen. RANSAC runs for every camera, which costs less than asking whether it is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -327,7 +327,7 @@ def _condition(d: Tensor, z: Tensor, near: Tensor) -> Tensor:
     return largest * largest / (a * c - b * b)
 
 
-@lru_cache(maxsize=None)  # never dropped: recorded graphs read what it returned
+@cache  # never dropped: recorded graphs read what it returned
 def _between(
     image: tuple[int, ...], shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, int, int, Tensor, Tensor]:
