@@ -5,7 +5,7 @@
 
 Networks: the twins of VGGT and Depth Anything and da-mini, in FP32, FP16 and INT8 Q/DQ, and the Depth Anything twin in
 every other mode. One timing contract (recon.benchmark.contract): CUDA events, 20 warm-up, 200 samples, inputs on the
-GPU, raw samples kept. The GPU host needs torch, numpy, onnx and onnxruntime-gpu; --prepare what recon exports with.
+GPU, raw samples kept. The GPU host needs torch, onnx, psutil and onnxruntime-gpu; --prepare what recon exports with.
 """
 
 from __future__ import annotations
