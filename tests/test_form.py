@@ -166,6 +166,14 @@ def test_fp8_layers_multiply_what_the_recipe_says(which: str) -> None:
         assert rel(a, b) < 0.7 * rel(b, wanted) + 2e-3
 
 
+@pytest.mark.parametrize("which", ["vggt", "depth"])
+def test_a_recipe_on_the_cpu_goes_to_the_networks_device(which: str) -> None:
+    of = NETWORKS[which]()
+    asked = recipe(of, "fp8")
+    fast = copy.deepcopy(of.load()).to("meta").to_inference(torch.bfloat16, recipe=asked, compile=False)  # type: ignore[operator]
+    assert {name for name, value in fast.tensors().items() if not value.is_meta} == set()
+
+
 def test_a_sabotaged_conversion_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 is asked for, BF16 is stored and multiplied: everything runs, and the numbers are even better."""
     of = depth()

@@ -79,7 +79,8 @@ def row_layer(network: VGGT, path: str, recipe: Recipe | None) -> RowProduct | L
     """The layer at `path` in the form that the recipe, its shape and nothing else ask for."""
     layer = linear_at(network, path)
     if recipe is not None and path in recipe.layers:
-        return LowRows(path, Fp8Linear(layer, recipe.weights[path], torch.float32, reach_of(recipe, path)))
+        low = Fp8Linear(layer, recipe.weights[path], torch.float32, reach_of(recipe, path))
+        return LowRows(path, low.to(layer.weight.device))  # a recipe may lie elsewhere
     return (_Plain if POSE in layer.weight.shape else RowProduct)(layer, path)
 
 
