@@ -152,6 +152,39 @@ def test_a_board_that_one_camera_sees_is_lifted_by_depth() -> None:
     assert found.notes["scale_metres_per_unit"] == pytest.approx(UNKNOWN, rel=0.15)  # its depth is a plane of 1.3 m
 
 
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_board_that_the_bootstrap_distorts_gives_no_metres(lifted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A network that is too weak puts cameras, or depth, where the corners are no board any more."""
+    views, truth = photographed("DICT_4X4_50")
+    ramp = np.linspace(0.2, 3, 640, dtype=np.float32)[None]
+    poses = {camera: T @ turned(0.4) if camera == "c1" else T for camera, T in truth.T_world_cam.items()}
+    posed = [replace(view, depth=view.depth * ramp, T_world_cam=poses[view.camera]) for view in truth.views]
+    wrong = shrunk(replace(truth, views=posed, T_world_cam=poses))
+    seen = [views[0], replace(views[1], image=np.full_like(views[1].image, 128))] if lifted else views
+    options = ScaleOptions(**BOARD, dictionary="DICT_4X4_50", marker_m=0.06)
+    assert metric(wrong, seen, None, options).scale == Scale()
+    assert "miss its grid by" in caplog.text
+    with pytest.raises(ReconError, match=r"scale\.source=board gives no metres: .* miss its grid"):
+        metric(wrong, seen, None, replace(options, source="board"))
+
+
+def turned(angle: float) -> np.ndarray:
+    T = np.eye(4)
+    T[:3, :3] = cv2.Rodrigues(np.array([0.5 * angle, angle, 0.0]))[0]
+    return T
+
+
+def test_depth_that_does_not_resemble_the_bootstrap_gives_no_metres(
+    room: tuple[list[View], Bootstrap], caplog: pytest.LogCaptureFixture
+) -> None:
+    views, truth = room
+    upside_down = [replace(view, depth=view.depth[::-1, ::-1].copy() ** 3) for view in views]
+    assert metric(shrunk(truth), upside_down, None, ScaleOptions()).scale == Scale()
+    assert "no metres from recorded depth and the bootstrap's differ by" in caplog.text
+    with pytest.raises(ReconError, match=r"scale\.source=model gives no metres: metric model and the bootstrap's differ"):
+        metric(shrunk(truth), blind(views), None, ScaleOptions(source="model"), lambda: upside_down)
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -15,7 +15,7 @@ import numpy as np
 
 from recon.errors import ReconError
 from recon.geometry.board import Camera, Corners, lift, triangulate
-from recon.geometry.sim3 import umeyama
+from recon.geometry.sim3 import spread, umeyama
 from recon.geometry.views import Array, Bootstrap, DepthImage, Scale, View
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ SOURCES = ("auto", "none", "baseline", "board", "depth", "model")
 LEAST_PIXELS = 500
 """Pixels with recorded and predicted depth below which their ratio is no measurement."""
 LEAST_CORNERS = 6
+MOST_BOARD_RMS = 0.15
+"""Misfit of a board's corners beyond which they are no picture of it: RMS, as a share of their own spread."""
+MOST_SPREAD = 0.25
+"""Median deviation of depth ratios from their median beyond which one factor does not describe them."""
 Notes = dict[str, float | str]
 
 
@@ -183,9 +187,14 @@ def _by_board(found: Bootstrap, views: list[View], options: ScaleOptions) -> tup
     if len(points) < LEAST_CORNERS:
         return f"{len(points)} corners found in space, {LEAST_CORNERS} are needed"
     place = {int(corner): board for corner, board in zip(seen.corner, seen.board, strict=True)}
-    similarity = umeyama(np.stack(list(points.values())), np.stack([place[corner] for _, corner in points]))
-    residual = similarity.apply(np.stack(list(points.values()))) - np.stack([place[corner] for _, corner in points])
-    rms = float(np.sqrt(np.mean(np.sum(residual**2, axis=1))))
+    ours, board = np.stack(list(points.values())), np.stack([place[corner] for _, corner in points])
+    similarity = umeyama(ours, board)
+    rms = float(np.sqrt(np.mean(np.sum((similarity.apply(ours) - board) ** 2, axis=1))))
+    if rms > MOST_BOARD_RMS * (size := spread(board)):
+        return (
+            f"its {len(points)} corners, {by}, miss its grid by {1000 * rms:.0f} mm RMS, over {MOST_BOARD_RMS:.0%} of "
+            f"their spread of {1000 * size:.0f} mm: the bootstrap does not show the board as it is"
+        )
     notes: Notes = {
         "scale_board_corners": float(len(points)),
         "scale_board_rms_m": rms,
@@ -252,11 +261,15 @@ def _by_depth(found: Bootstrap, views: list[View], name: str) -> tuple[float, st
     if pooled.size < LEAST_PIXELS:
         return f"{pooled.size} pixels have recorded and predicted depth, {LEAST_PIXELS} are needed"
     factor = float(np.median(pooled))
-    spread = float(np.median(np.abs(pooled / factor - 1)))
+    deviation = float(np.median(np.abs(pooled / factor - 1)))
+    if deviation > MOST_SPREAD:
+        reason = f"{name} and the bootstrap's differ by {deviation:.0%} after scaling (median), over {MOST_SPREAD:.0%}"
+        log.warning("no metres from %s", reason)
+        return reason
     notes: Notes = {
         "scale_depth_pixels": float(pooled.size),
-        "scale_depth_spread": spread,
-        "scale_confidence": f"{name}: ratios differ by {spread:.1%} (median)",
+        "scale_depth_spread": deviation,
+        "scale_confidence": f"{name}: ratios differ by {deviation:.1%} (median)",
     }
     return factor, name, notes
 
