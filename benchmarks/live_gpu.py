@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds of streaming before the measured stream")
     parser.add_argument("--cameras", type=int, default=8, help="prepare: cameras to render")
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480), help="prepare: width and height")
-    parser.add_argument("--recorded", type=int, default=16, help="prepare: frames of each camera, played to and fro")
+    parser.add_argument("--recorded", type=int, default=12, help="prepare: frames of each camera, played to and fro")
     parser.add_argument("--moving", type=int, default=5, help="prepare: moving objects")
     parser.add_argument("--depth", choices=("network+oracle", "da-mini", "oracle"), default="network+oracle")
     parser.add_argument("--engine", choices=("torch", "inductor", "tensorrt"), default="torch")
