@@ -314,6 +314,21 @@ def test_depth_of_another_size_or_kind_is_refused(folder: Path, kind: str) -> No
         _source(folder).validate()
 
 
+def test_black_images_are_left_out_and_equal_ones_counted(folder: Path) -> None:
+    camera = folder / "images" / "right"
+    Image.new("RGB", SIZE).save(camera / "f2.png")
+    (camera / "f11.png").write_bytes((camera / "f10.png").read_bytes())
+    (folder / "images" / "left" / "f11.png").write_bytes((folder / "images" / "left" / "f10.png").read_bytes())
+    source = _source(folder, depth=None)
+    source.validate()
+    assert [[view.camera for view in batch] for batch in source.batches()] == [["left"], *[["left", "right"]] * 2]
+    report = source.report()["cameras"]
+    assert (report["right"]["lost"], report["right"]["frozen"], report["left"]["frozen"]) == ({"black": 1}, 1, 1)
+    with pytest.raises(ReconError, match=r"f2\.png: the frame that bootstraps camera right is black") as caught:
+        _source(folder, depth=None, bootstrap_frame=1).validate()
+    assert "source.bootstrap_frame" in caught.value.remedy
+
+
 def test_a_truncated_frame_of_the_stream_is_named_when_it_is_met(folder: Path) -> None:
     _picture(folder / "images" / "left" / "f2.png", 3)
     _truncate(folder / "images" / "left" / "f2.png")

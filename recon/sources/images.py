@@ -107,31 +107,43 @@ class Images(Recording):
         return {camera: image_size(files[0]) for camera, files in self._frames(self.live_path or self.path).items()}
 
     def bootstrap(self) -> list[View]:
+        from recon.sources.state import Watch
+
         frames = self._frames(self.path)
         calibration, times = self._calibration(frames), {} if self.live_path else self._times()
-        return [
+        found = [
             self._view(calibration, camera, frames[camera], number, times.get(camera), True)
             for camera, number in self._plan()[0].frames.items()
         ]
+        if black := [view for view in found if Watch().look(view.image) == "black"]:
+            file = frames[black[0].camera][black[0].frame]
+            raise ReconError(
+                f"{file}: the frame that bootstraps camera {black[0].camera} is black",
+                "choose another with source.bootstrap_frame, or leave the camera out with source.views",
+            )
+        return found
 
     def batches(self) -> Iterator[list[View]]:
         from recon.sources.decode import Decoders
-        from recon.sources.state import CameraState
+        from recon.sources.state import CameraState, Watch
         from recon.sources.timeline import skew
 
         _, plan = self._plan()
         self._states = {camera: CameraState(camera) for camera in self.cameras()}
+        watches = {camera: Watch() for camera in self._states}
         self._skew = skew(plan, len(self._states), self.max_skew_ms) | {"batches": 0}
         with Decoders(self._decoders(plan), self.ahead) as decoders:
             for moment in plan:
                 views = []
                 for camera, number in moment.frames.items():
                     found = decoders.take(camera, number)
-                    if isinstance(found, View):
+                    look = watches[camera].look(found.image) if isinstance(found, View) else found
+                    if isinstance(found, View) and look != "black":
+                        self._states[camera].frozen += look == "frozen"
                         self._states[camera].delivered += 1
                         views.append(found)
                     else:
-                        self._states[camera].lose(found, number)
+                        self._states[camera].lose(look, number)
                 if views:
                     self._skew["batches"] += 1
                     yield views
