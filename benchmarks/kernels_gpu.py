@@ -255,7 +255,10 @@ def rows(views: int, out: Path) -> None:
         few = torch.empty(views, n, device="cuda")
         exact = F.gelu(a.double() @ (v.double() * scale.double()[:, None]).T + c.double())
         call = partial(launch.few_rows, a, v, scale, c, None, few, True)
-        note(out, group, f"few_rows {n}x{k}", call, 0, 2 * n * k, lambda few=few, exact=exact: rel(few, exact))
+        for split in (False, True):
+            launch.SPLIT_ROWS, name = split, f"few_rows {n}x{k}{', split' if split else ''}"
+            note(out, group, name, call, 0, 2 * n * k, lambda few=few, exact=exact: rel(few, exact))
+        launch.SPLIT_ROWS = False
 
 
 GROUPS = {"linear": linear, "attention": attention, "streaming": streaming, "rows": rows}

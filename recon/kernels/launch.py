@@ -203,6 +203,12 @@ def few_rows(
 ) -> None:
     """a [rows <= 8, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 16 == 0, K % 64 == 0."""
     (rows, k), n = a.shape, weight.shape[0]
+    if SPLIT_ROWS and rows > 1:
+        small_triton.split_rows_kernel[(n // 16,)](
+            a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, BLOCK_N=16,
+            BLOCK_K=min(k & -k, 256), GELU=gelu, ADD=addend is not None, STAGES=5, num_warps=4, num_stages=5,
+        )  # fmt: skip
+        return
     padded = triton.next_power_of_2(rows)
     block_k, warps = (1024, 4) if padded == 1 else (512, 8)
     small_triton.few_rows_kernel[(n // 4,)](
@@ -220,3 +226,4 @@ def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
 
 
 LONG = AttentionTile(n=64, stages=4)
+SPLIT_ROWS = False  # 2 to 8 rows on the tensor cores: not measured yet
