@@ -329,13 +329,14 @@ def test_black_images_are_left_out_and_equal_ones_counted(folder: Path) -> None:
     assert "source.bootstrap_frame" in caught.value.remedy
 
 
-def test_a_truncated_frame_of_the_stream_is_named_when_it_is_met(folder: Path) -> None:
+def test_a_truncated_frame_of_the_stream_is_lost_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     _picture(folder / "images" / "left" / "f2.png", 3)
     _truncate(folder / "images" / "left" / "f2.png")
     source = _source(folder)
     source.validate()
-    with pytest.raises(ReconError, match=r"f2\.png: cannot be decoded"):
-        list(source.batches())
+    assert [[view.camera for view in batch] for batch in source.batches()] == [["right"], ["left", "right"]]
+    assert source.report()["cameras"]["left"]["lost"] == {"damaged": 1}
+    assert "f2.png: cannot be decoded" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -276,8 +276,13 @@ class Images(Recording):
         for number in numbers:
             if calibration.moves(camera) and calibration.pose(camera, number, files[number].stem) is None:
                 yield number, "no pose"
-            else:
-                yield number, self._view(calibration, camera, files, number, times, not self.live_path)
+                continue
+            found: View | str = "damaged"
+            try:
+                found = self._view(calibration, camera, files, number, times, not self.live_path)
+            except ReconError as error:  # one file of many: the others go on
+                log.warning("camera %s: %s", camera, error.problem)
+            yield number, found
 
     def _view(
         self, calibration: Calibration, camera: str, files: list[Path], number: int, times: Times | None, depth: bool
