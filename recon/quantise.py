@@ -7,6 +7,7 @@ The quant mode takes its layers first; the precision takes what is left of the e
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -98,6 +99,22 @@ def require_own_keep_lists(entries: list[str], networks: Collection[Network]) ->
                 f"quant_mode.keep={entry}: made for the weights {_short(found['weights'])} of"
                 f" {found.get('network', 'another network')}; the networks of this run have others: {mine}",
                 "run stages=[sensitivity] for these networks, or give the layers as patterns: quant_mode.keep=[head.*]",
+            )
+
+
+def require_matches(entries: list[str], layers: Mapping[str, Collection[str]]) -> None:
+    """A pattern of `quant_mode.keep` that names no layer keeps nothing. layers: module paths by network of the run.
+
+    Raises:
+        ReconError: the pattern, and the layers that it may have meant.
+    """
+    known = [path for paths in layers.values() for path in paths]
+    for pattern in entries:
+        if not pattern.endswith(".json") and not any(fnmatchcase(path, pattern) for path in known):
+            near = difflib.get_close_matches(pattern, known, 3, cutoff=0.3) or known[:3]
+            raise ReconError(
+                f"quant_mode.keep={pattern}: names no layer of {' or '.join(layers)}",
+                f"paths there are such as {', '.join(near)}; * stands for any part",
             )
 
 

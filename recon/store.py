@@ -162,8 +162,11 @@ class Store:
         if self.plain:
             return Recipe()
         from recon.calibration import read_ranges
-        from recon.quantise import make_recipe
+        from recon.quantise import make_recipe, require_matches
 
+        if self.config.quant_mode.keep:
+            layers = {one.name: list(_infos(one)) for one in self.networks().values()}
+            require_matches(self.config.quant_mode.keep, layers)
         ranges = read_ranges(calibrated(self, network).path) if self.needs_calibration else None
         return make_recipe(network, self.config.quant_mode, self.config.precision, ranges)
 
@@ -301,17 +304,23 @@ def _asked(store: Store, network: Network) -> Asked:
     if store.plain:
         return Asked()
     from recon.calibration import read_ranges
-    from recon.quantise import assign, layer_infos
+    from recon.quantise import assign
 
     ranges = read_ranges(calibrated(store, network).path) if store.needs_calibration else None
-    known = (network.name, network.weights_key)
-    if known not in _INFOS:  # a sweep asks for the same networks again and again
-        _INFOS[known] = layer_infos(network.load(), network.example(0))
-    infos = _INFOS[known]
+    infos = _infos(network)
     formats = {"quant_mode": mode.layer_format(), "precision": precision.layer_format()}
     groups = {name: found for name, found in formats.items() if found is not None}
     layers = assign(infos, mode, precision, network.weights_key)
     return Asked(layers, groups, infos, precision.rest_format, calibration_facts(ranges))
+
+
+def _infos(network: Network) -> dict[str, LayerInfo]:
+    from recon.quantise import layer_infos
+
+    known = (network.name, network.weights_key)
+    if known not in _INFOS:  # a sweep asks for the same networks again and again
+        _INFOS[known] = layer_infos(network.load(), network.example(0))
+    return _INFOS[known]
 
 
 def _obtain(

@@ -18,7 +18,7 @@ from recon.quant import QuantMode
 from recon.quant.bitsandbytes import BitsAndBytes
 from recon.quant.modelopt import ModelOpt
 from recon.quant.torch_dynamic import TorchDynamic
-from recon.quantise import assign, keep_list, layer_infos, make_recipe, require_own_keep_lists
+from recon.quantise import assign, keep_list, layer_infos, make_recipe, require_matches, require_own_keep_lists
 
 SIZES = [(48, 64), (24, 96), (10, 32), (5, 9)]  # [out, in]; the last two are no multiples of 64
 
@@ -232,6 +232,14 @@ def test_bad_keep_lists(text: str | None, message: str, tmp_path: Path) -> None:
         file.write_text(text)
     with pytest.raises(ReconError, match=message):
         keep_list([str(file)])
+
+
+def test_a_pattern_that_keeps_nothing_is_an_error() -> None:
+    layers = {"vggt": ["camera_head.trunk.0.fc1", "a.qkv"], "da": ["encoder.0.fc1"]}
+    require_matches(["camera_head.*", "encoder.0.fc1", "list.json"], layers)
+    with pytest.raises(ReconError, match=r"keep=camer_head\.\*: names no layer of vggt or da") as caught:
+        require_matches(["a.*", "camer_head.*"], layers)
+    assert "camera_head.trunk.0.fc1" in caught.value.remedy
 
 
 def test_empty_pattern() -> None:
