@@ -308,39 +308,40 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": max(finite), "mean": float(np.mean(finite))}
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("what", choices=("prepare", "run"))
+    found.add_argument("--frames", type=Path, required=True, help="folder of the recording")
+    found.add_argument("--out", type=Path, help="JSON of a run")
+    found.add_argument("--device", default="cuda")
+    found.add_argument("--fps", type=float, default=30.0)
+    found.add_argument("--seconds", type=float, default=60.0)
+    found.add_argument("--warm-up", type=float, default=5.0, help="seconds of streaming before the measured stream")
+    found.add_argument("--cameras", type=int, default=8, help="prepare: cameras to render")
+    found.add_argument("--size", type=int, nargs=2, default=(640, 480), help="prepare: width and height")
+    found.add_argument("--recorded", type=int, default=12, help="prepare: frames of each camera, played to and fro")
+    found.add_argument("--moving", type=int, default=5, help="prepare: moving objects")
+    found.add_argument("--depth", choices=("network+oracle", "da-mini", "oracle"), default="network+oracle")
+    found.add_argument("--engine", choices=("torch", "inductor", "tensorrt"), default="torch")
+    found.add_argument("--plan", type=Path, help="plan of tensorrt, package of inductor")
+    found.add_argument("--flavour", default="tensorrt", help="module of TensorRT")
+    found.add_argument("--architecture", default="small")
+    found.add_argument("--input", type=int, nargs=2, default=(518, 518), help="height and width of the network's input")
+    found.add_argument("--batch", type=int, default=0, help="engine=torch: images an inference; 0 = all cameras")
+    found.add_argument("--workers", type=int, default=1)
+    found.add_argument("--ahead", type=int, default=2)
+    found.add_argument("--decode", action="store_true", help="decode JPEG in the loop")
+    found.add_argument("--profile", type=float, default=0.0, metavar="SECONDS", help="also profile a stream this long")
+    found.add_argument("--no-graph", dest="graph", action="store_false", help="launch the fits one operation at a time")
+    found.add_argument("--fusion", choices=("tsdf", "surfel"), default="tsdf")
+    found.add_argument("--voxel", type=float, default=0.02)
+    found.add_argument("--render-width", type=int, default=160)
+    return found
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run"))
-    parser.add_argument("--frames", type=Path, required=True, help="folder of the recording")
-    parser.add_argument("--out", type=Path, help="JSON of a run")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--fps", type=float, default=30.0)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--warm-up", type=float, default=5.0, help="seconds of streaming before the measured stream")
-    parser.add_argument("--cameras", type=int, default=8, help="prepare: cameras to render")
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), help="prepare: width and height")
-    parser.add_argument("--recorded", type=int, default=12, help="prepare: frames of each camera, played to and fro")
-    parser.add_argument("--moving", type=int, default=5, help="prepare: moving objects")
-    parser.add_argument("--depth", choices=("network+oracle", "da-mini", "oracle"), default="network+oracle")
-    parser.add_argument("--engine", choices=("torch", "inductor", "tensorrt"), default="torch")
-    parser.add_argument("--plan", type=Path, help="plan of tensorrt, package of inductor")
-    parser.add_argument("--flavour", default="tensorrt", help="module of TensorRT")
-    parser.add_argument("--architecture", default="small")
-    parser.add_argument(
-        "--input", type=int, nargs=2, default=(518, 518), help="height and width of the network's input"
-    )
-    parser.add_argument("--batch", type=int, default=0, help="engine=torch: images an inference; 0 = all cameras")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--ahead", type=int, default=2)
-    parser.add_argument("--decode", action="store_true", help="decode JPEG in the loop")
-    parser.add_argument("--profile", type=float, default=0.0, metavar="SECONDS", help="also profile a stream this long")
-    parser.add_argument(
-        "--no-graph", dest="graph", action="store_false", help="launch the fits one operation at a time"
-    )
-    parser.add_argument("--fusion", choices=("tsdf", "surfel"), default="tsdf")
-    parser.add_argument("--voxel", type=float, default=0.02)
-    parser.add_argument("--render-width", type=int, default=160)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     if arguments.what == "prepare":
         size = (arguments.size[0], arguments.size[1])
         count = record(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,20 @@ class DeviceStep(Step):
 
     def submit(self, batch: Batch) -> list[Run]:
         runs = []
-        for _, equal in groupby(batch.views, key=lambda view: view.size):
-            views = list(equal)
-            images = _images(views, self.device)
-            runs.append(Run(views, images, self.pool.submit_images(views, images)))
+        with self._here():
+            for _, equal in groupby(batch.views, key=lambda view: view.size):
+                views = list(equal)
+                images = _images(views, self.device)
+                runs.append(Run(views, images, self.pool.submit_images(views, images)))
         return runs
 
     def finish(self, batch: Batch, flight: list[Run]) -> list[FrameResult]:
-        return [result for run in flight for result in self._run(batch, run)]
+        with self._here():
+            return [result for run in flight for result in self._run(batch, run)]
+
+    def _here(self) -> AbstractContextManager[object]:
+        """The map's device as the current one: graphs are replayed there."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
     def _run(self, batch: Batch, run: Run) -> list[FrameResult]:

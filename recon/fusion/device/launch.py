@@ -20,10 +20,12 @@ def seen_through(
 ) -> None:
     """`update.add_seen_through` in one launch. Products and sums are not fused: results are those of the torch twin."""
     views, height, width = depths.shape
-    through_kernel[(triton.cdiv(pool.size, _ROWS), views)](
-        pool.coordinates, concerned.view(torch.uint8), before, depths, cameras.packed, _constants(block, depths.device),
-        pool.size, height, width, STRIDE=cameras.packed.shape[1], BLOCK=_ROWS, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(depths.device):  # Triton launches on the current one
+        through_kernel[(triton.cdiv(pool.size, _ROWS), views)](
+            pool.coordinates, concerned.view(torch.uint8), before, depths, cameras.packed,
+            _constants(block, depths.device), pool.size, height, width, STRIDE=cameras.packed.shape[1], BLOCK=_ROWS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def average(
@@ -38,11 +40,12 @@ def average(
 ) -> None:
     """`update.average` in one launch; products and sums are not fused here either."""
     views, height, width = depths.shape
-    average_kernel[(pool.size,)](
-        pool.tsdf, pool.weight, pool.color, pool.coordinates, concerned.view(torch.uint8), depths, images,
-        cameras.single, pool.size, views, height, width, voxel, voxel * truncation, cap,
-        STRIDE=cameras.single.shape[1], SIDE=SIDE, STEPS=COLOR_STEPS, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device(depths.device):
+        average_kernel[(pool.size,)](
+            pool.tsdf, pool.weight, pool.color, pool.coordinates, concerned.view(torch.uint8), depths, images,
+            cameras.single, pool.size, views, height, width, voxel, voxel * truncation, cap,
+            STRIDE=cameras.single.shape[1], SIDE=SIDE, STEPS=COLOR_STEPS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=8)
