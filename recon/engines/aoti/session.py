@@ -84,7 +84,8 @@ class InductorSession(Session):
                 self._called(inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):  # one that is warm, and no other session's: see `Captured`
+        # the stream is warm, and no other session's: see `Captured`; other threads may go on using the device
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = self._called(inputs)
         return graph, inputs, outputs
 
