@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recon.errors import ReconError
+
 KEPT = 8
 """Recordings that are kept, one per set of shapes: batches may lack cameras."""
 
@@ -18,6 +20,9 @@ class Replayed:
     on. The function must wait for nothing, and read nothing but its arguments and what it always reads.
 
     What a replay returns is overwritten by the next one of the same shapes.
+
+    Raises:
+        ReconError: at the second call, where the function cannot be recorded.
     """
 
     def __init__(self, function: Callable[..., Tensor], graphs: bool) -> None:
@@ -35,9 +40,20 @@ class Replayed:
             return self.function(*tensors)
         found = self._known[key]
         if found is None:
-            found = self._known[key] = _Recording(self.function, tensors)
+            found = self._known[key] = _recorded(self.function, tensors)
         self._known.move_to_end(key)
         return found(tensors)
+
+
+def _recorded(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> _Recording:
+    try:
+        return _Recording(function, tensors)
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReconError(
+            f"the fits of a batch cannot be recorded as a CUDA graph by PyTorch {torch.__version__}: {reason}",
+            "stream.cuda_graph=false launches them one by one",
+        ) from error
 
 
 class _Recording:
