@@ -26,7 +26,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def benchmark(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "20000"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "20000"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITHOUT, *arguments], capture_output=True, text=True, env=environment,
         timeout=120, check=False,
