@@ -7,8 +7,8 @@ Networks: Depth Anything V2 Small at 384x384 and 518x518 with seeded weights (ti
 and the VGGT twin; FP16, and INT8 Q/DQ from our own writer with ranges of eight example images. Without `--builder` the
 plans come from `engine=tensorrt` itself. With it they come from a program of an older TensorRT, run as `PROGRAM
 MODEL.onnx PLAN [--fp16] [--int8] [--profiles JSON]`, which must write version-compatible plans; graphs are lowered to
-ONNX opset 17 for it. One timing contract (recon.benchmark.contract): CUDA events, 20 warm-up, 200 samples, inputs on the GPU,
-raw samples kept. Needs torch, onnx, onnxruntime, onnxscript and transformers; neither hydra nor onnxsim.
+ONNX opset 17 for it. One timing contract (recon.benchmark.contract): CUDA events, 20 warm-up, 200 samples, inputs on
+the GPU, raw samples kept. Needs torch, onnx, onnxruntime, onnxscript and transformers; neither hydra nor onnxsim.
 """
 
 from __future__ import annotations
