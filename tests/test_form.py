@@ -1,96 +1,32 @@
 """engine=inductor with recon's kernels: the fast networks from recipe to package and back, on the CPU by their twins."""
 
 import copy
-import json
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fast_networks import NETWORKS, depth, depth_mini, engine, made, mini, recipe, rel, vggt
 from safetensors.torch import load_file, save_file
 from small_network import network as plain_network
-from torch import Tensor
 
-from recon.artifact import obtain, read_manifest
+from recon.artifact import read_manifest
 from recon.certificate import certify
 from recon.certificate.text import lines
-from recon.depth.depth_anything import DepthAnything
 from recon.engines import Build
 from recon.engines.aoti import compile as aoti_compile
-from recon.engines.aoti import form
 from recon.engines.aoti.package import read
-from recon.engines.inductor import Inductor
 from recon.errors import ReconError
 from recon.formats import LayerFormat, QuantizedWeight, Ranges, Recipe
-from recon.kernels.form import FastNetwork, rebuild
 from recon.kernels.record import Recorder
 from recon.kernels.transformer import Product
 from recon.lowbit.apply import prepare
 from recon.lowbit.fast import low_of
 from recon.lowbit.support import refusal
-from recon.models.vggt import VGGT
 from recon.network import Network
-from recon.precision import Precision
-from recon.quant.none import NoQuant
-from recon.quantise import make_recipe
 
 FP8 = LayerFormat("fp8", "fp8", per_tensor=True, by="precision")
 KEPT = {"vggt": ["camera_head.*", "aggregator.frame_blocks.1.*"], "depth": ["*layer.1.attention.q_proj"]}
-
-
-@cache
-def vggt() -> Network:
-    return shared(VGGT(name="vggt-twin", preset="vggt-twin", weights="seeded:0", height=56, width=84).network(3))
-
-
-@cache
-def depth() -> Network:
-    twin = DepthAnything(name="da2-twin", architecture="twin", weights="seeded:0", input_size=84, image_size=[3, 2])
-    return shared(twin.network())
-
-
-def shared(of: Network) -> Network:
-    """With weights made once: to convert a network leaves it as it is."""
-    return replace(of, load=cache(of.load))
-
-
-NETWORKS = {"vggt": vggt, "depth": depth}
-
-
-def engine(**settings: Any) -> Inductor:
-    return Inductor(name="inductor", **({"kernels": "recon"} | settings))
-
-
-def recipe(of: Network, precision: str, rest: str = "bf16", keep: list[str] | None = None) -> Recipe:
-    module, seen, hooks = of.load(), dict[str, float](), []
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            note = lambda _, args, n=name: seen.update({n: max(seen.get(n, 0.0), float(args[0].abs().amax()))})  # noqa: E731
-            hooks.append(layer.register_forward_pre_hook(note))  # type: ignore[arg-type]
-    with torch.inference_mode():
-        for seed in (10, 11):
-            module(*of.example(seed).values())
-    for hook in hooks:
-        hook.remove()
-    ranges = Ranges(seen, {}, "max", "k", 2, "test")
-    return make_recipe(of, NoQuant(name="none", keep=keep or []), Precision(name=precision, rest=rest), ranges)
-
-
-def made(of: Network, asked: Recipe, folder: Path, **settings: Any) -> tuple[Path, dict[str, Any]]:
-    """The package as an artifact of the store is: with manifest and certificate."""
-    path = folder / "net.pt2"
-
-    def work(at: Path) -> dict[str, Any]:
-        facts = engine(**settings).build(Build(of, None, lambda: asked), at / path.name)
-        return facts | {"certificate": certify(engine(), at / path.name, facts, {})}
-
-    return path, obtain(path, "engine", "key", work).manifest.facts
-
-
-def rel(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 CASES = [
@@ -328,84 +264,6 @@ def test_settings_are_checked_and_part_of_the_key() -> None:
     assert engine(kernels="auto").refuses([LayerFormat("int8", "int8")], "fp32") == ""
     assert "form" in engine().versions()
     assert "form" not in engine(kernels="inductor").versions()
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    of = depth()
-    return made(of, recipe(of, "bf16"), tmp_path_factory.mktemp("form"))[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"torch": "1.0"}, r"compiled for PyTorch 1\.0"),
-        ({"device": "cuda"}, "compiled for cuda, not cpu"),
-        ({"hardware": "NVIDIA A100 (sm80)"}, "compiled for NVIDIA A100"),
-    ],
-)
-def test_packages_of_other_machines_are_refused(
-    package: Path, tmp_path: Path, change: dict[str, str], message: str
-) -> None:
-    text = json.loads(read(package)[0].to_json()) | change
-    save_file(load_file(package), other := tmp_path / "other.pt2", metadata={"recon": json.dumps(text)})
-    with pytest.raises(ReconError, match=message):
-        engine().load(other)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": "form.0"}, r"version form\.0"),
-        ({"family": "os"}, "family 'os'"),
-        ({"settings": {}}, "cannot be rebuilt"),
-        ({"settings": {"config": 7, "size": [1], "dtype": "bfloat16", "fp8": []}}, "cannot be rebuilt"),
-    ],
-)
-def test_packages_that_say_other_things_are_refused(
-    package: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    text = json.loads(read(package)[0].to_json())
-    text["form"] |= change
-    save_file(load_file(package), other := tmp_path / "other.pt2", metadata={"recon": json.dumps(text)})
-    with pytest.raises(ReconError, match=message):
-        engine().load(other)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "header", "junk"])
-def test_damaged_packages_are_named(package: Path, tmp_path: Path, damage: str) -> None:
-    whole, bad = package.read_bytes(), tmp_path / "bad.pt2"
-    bad.write_bytes({"truncated": whole[:-9], "header": b"\xff" * 8 + whole[8:], "junk": b"\x07junk" * 99}[damage])
-    for act in (engine(allow_foreign=True).load, engine().inspect):
-        with pytest.raises(ReconError, match=r"bad\.pt2"):
-            act(bad)
-
-
-def test_missing_and_left_over_tensors_are_refused(package: Path) -> None:
-    identity, tensors = read(package)[0], load_file(package)
-    family, settings = identity.form["family"], identity.form["settings"]
-    assert isinstance(rebuild(family, settings, tensors), FastNetwork)
-    with pytest.raises(ReconError, match=r"1 tensors are missing or left over, lead"):
-        rebuild(family, settings, {name: value for name, value in tensors.items() if name != "lead"})
-    with pytest.raises(ReconError, match="extra"):
-        rebuild(family, settings, tensors | {"extra": torch.zeros(1)})
-
-
-def test_the_versions_agree_and_the_file_holds_no_code(package: Path) -> None:
-    assert read(package)[0].form["tools"] == form.tools()
-    assert (
-        int.from_bytes(package.read_bytes()[:8], "little") < package.stat().st_size
-    )  # safetensors: a length, JSON, data
-    assert json.loads(package.read_bytes()[8 : 8 + int.from_bytes(package.read_bytes()[:8], "little")])
-
-
-def mini(views: int) -> Network:
-    return shared(VGGT(name="vggt-mini", preset="vggt-mini", weights="seeded:0", height=112, width=112).network(views))
-
-
-def depth_mini() -> Network:
-    small = DepthAnything(name="da-mini", architecture="mini", weights="seeded:0", input_size=112, image_size=[1, 1])
-    return shared(small.network())
 
 
 @pytest.mark.gpu
