@@ -113,8 +113,19 @@ def run_job(config: Config, composed: DictConfig, tags: dict[str, str], folder: 
         status = "KILLED"
         raise
     finally:
-        lines = config.tracking.close(state.record, status)
+        lines = _close(config, state, status)
     return state, lines
+
+
+def _close(config: Config, state: Run, status: str) -> list[str]:
+    """Record the run. Of a run that failed, that it cannot be recorded is said beside the reason, not in its place."""
+    try:
+        return config.tracking.close(state.record, status)
+    except ReconError as error:
+        if status == "FINISHED":
+            raise
+        log.warning("%s", error.problem)
+        return []
 
 
 def run_name(config: Config) -> str:

@@ -1,10 +1,12 @@
 """The MLflow record by itself."""
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from recon.config import option
+from recon.errors import ReconError
 from recon.tracking import Record
 
 
@@ -21,3 +23,21 @@ def test_names_that_mlflow_refuses_are_written_all_the_same(tmp_path: Path) -> N
     assert run.info.status == "FINISHED"
     assert sorted(run.data.metrics.values()) == [1.0, 2.0, 3.0, 5.0]
     assert run.data.metrics["engine/da.engine"] == 3.0
+
+
+def test_a_full_disk_is_said_when_a_run_begins_and_when_it_ends(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    begun, late = option("tracking", "mlflow"), option("tracking", "mlflow")
+    begun.open("full", "run", tmp_path, {})
+    record = Record()
+    record.series = {f"series {number}": [float(step) for step in range(1000)] for number in range(5)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(ReconError, match="tracking=mlflow: the run cannot be recorded at sqlite:") as caught:
+            begun.close(record, "FINISHED")
+        assert "tracking=none" in caught.value.remedy
+        with pytest.raises(ReconError, match="cannot be recorded"):
+            late.open("full", "another", tmp_path / "new", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,14 +54,34 @@ class MLflow(Tracking):
             logging.getLogger(noisy).setLevel(logging.WARNING)
 
         self._uri = self.uri or f"sqlite:///{(output / 'mlflow.db').resolve()}"
-        self._client = MlflowClient(tracking_uri=self._uri)
-        self._experiment = self._experiment_id(experiment, output)
-        self._run = self._client.create_run(self._experiment, run_name=run, tags=tags).info.run_id
+        with self._told():
+            self._client = MlflowClient(tracking_uri=self._uri)
+            self._experiment = self._experiment_id(experiment, output)
+            self._run = self._client.create_run(self._experiment, run_name=run, tags=tags).info.run_id
 
     def close(self, record: Record, status: str) -> list[str]:
         if self._client is None:
             return []
-        client: MlflowClient = self._client
+        with self._told():
+            self._record(self._client, record, status)
+        return self._links()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns what a full disk or a server that is down makes of the record into an error that says so."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ReconError(
+                f"tracking=mlflow: the run cannot be recorded at {self._uri}: {first}",
+                "free some disk space, check tracking.uri, or tracking=none; the run folder has what a run found",
+            ) from error
+
+    def _record(self, client: MlflowClient, record: Record, status: str) -> None:
         try:
             _log_values(client, self._run, record)
             for name, rows in record.tables.items():
@@ -74,7 +96,6 @@ class MLflow(Tracking):
             raise
         finally:
             client.set_terminated(self._run, status)
-        return self._links()
 
     def _experiment_id(self, name: str, output: Path) -> str:
         from mlflow.exceptions import MlflowException
