@@ -236,6 +236,7 @@ def test_moving_things_are_judged_as_on_the_host(device: str) -> None:
 def test_a_configuration_with_map_and_depth_apart_is_refused(engine: str, changes: dict[str, str], fine: bool) -> None:
     from types import SimpleNamespace
 
+    pytest.importorskip("omegaconf")
     from recon.config import _check_devices, option
 
     chosen = replace(option("engine", engine), **changes)

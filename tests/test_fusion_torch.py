@@ -6,6 +6,7 @@ Runs on the CPU; with `-m gpu`, the same checks on CUDA.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from recon.fusion.device.tsdf import DeviceTsdfMap
 from recon.fusion.tsdf import Tsdf, TsdfMap, load
 from recon.geometry.views import PosedDepth
 
+OPEN3D = pytest.mark.skipif(find_spec("open3d") is None, reason="the compiled map needs open3d")
 DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 VOXEL = 0.03
 K_SMALL, SMALL = np.diag([1 / 3, 1 / 3, 1]) @ K, (80, 60)
@@ -55,6 +57,7 @@ def assert_equal(compiled: TsdfMap, ours: DeviceTsdfMap, tolerance: float = 1e-5
     assert np.mean(off > 3) <= max(share, 2e-3)  # Open3D cuts fractions off and gives the first column no colour
 
 
+@OPEN3D
 @DEVICE
 @pytest.mark.parametrize("option", [Tsdf(voxel=VOXEL), Tsdf(voxel=VOXEL, weight_cap=3), Tsdf(voxel=VOXEL, carve=False)])
 def test_blocks_distances_and_weights_are_the_compiled_maps(option: Tsdf, device: str) -> None:
@@ -64,6 +67,7 @@ def test_blocks_distances_and_weights_are_the_compiled_maps(option: Tsdf, device
     assert_equal(compiled, ours, share=0.0 if device == "cpu" else 1e-4)  # a GPU fuses products and sums
 
 
+@OPEN3D
 @DEVICE
 @pytest.mark.parametrize("least", [1, 3])
 def test_rendered_depth_is_the_compiled_maps(least: int, device: str) -> None:
@@ -91,6 +95,7 @@ def test_rendered_depth_of_a_plane_is_unbiased(degrees: int, device: str) -> Non
     assert abs(((found - truth)[valid] / VOXEL).mean()) < 0.1
 
 
+@OPEN3D
 @DEVICE
 def test_points_and_mesh_are_the_compiled_maps(device: str) -> None:
     compiled, ours = both(Tsdf(voxel=VOXEL), scene(4), device)
@@ -104,6 +109,7 @@ def test_points_and_mesh_are_the_compiled_maps(device: str) -> None:
             np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+@OPEN3D
 @DEVICE
 def test_tensors_are_taken_where_they_lie_and_give_the_same_map(device: str) -> None:
     views, option = scene(3), Tsdf(voxel=VOXEL, min_confidence=0.5)
@@ -148,6 +154,7 @@ def test_depth_is_not_rounded_and_colours_keep_their_fractions(device: str) -> N
     assert set(np.unique(arrays["color"][arrays["weight"] == 5])) == {98}
 
 
+@OPEN3D
 @DEVICE
 def test_what_has_gone_is_forgotten_at_the_same_pace(device: str) -> None:
     option = Tsdf(voxel=0.04, weight_cap=4)
@@ -159,6 +166,7 @@ def test_what_has_gone_is_forgotten_at_the_same_pace(device: str) -> None:
     assert counts[1] == pytest.approx(counts[0], rel=0.1, abs=20)
 
 
+@OPEN3D
 @DEVICE
 def test_volume_is_read_by_the_compiled_map(device: str, tmp_path: Path) -> None:
     compiled, ours = both(Tsdf(voxel=VOXEL), scene(2), device)
@@ -168,6 +176,7 @@ def test_volume_is_read_by_the_compiled_map(device: str, tmp_path: Path) -> None
     assert_equal(again, ours)
 
 
+@OPEN3D
 @DEVICE
 def test_nothing_in_nothing_out(device: str) -> None:
     ours, view = DeviceTsdfMap(Tsdf(voxel=VOXEL), device), scene(1)[0]
@@ -228,6 +237,7 @@ def test_the_option_makes_a_map_on_its_device() -> None:
     assert made.pool.tsdf.is_cuda
 
 
+@OPEN3D
 @DEVICE
 def test_real_frames_give_the_compiled_maps_volume(data_dir: Path, device: str) -> None:
     views = [on_lattice(view, 4.0) for _, view in real_views(data_dir, (0,))][:4]
