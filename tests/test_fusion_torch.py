@@ -212,7 +212,7 @@ def test_a_full_device_is_refused_before_anything_changes(monkeypatch: pytest.Mo
     ours = DeviceTsdfMap(Tsdf(voxel=VOXEL), "cpu")
     ours.integrate(first, 0)
     before, blocks = ours.pool.arrays(), ours.stats()["blocks"]
-    monkeypatch.setattr(pools, "_free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(pools, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(ReconError, match=r"blocks.*1 MiB left") as refused:
         ours.integrate(second, 1)
     assert "fusion.voxel" in refused.value.remedy

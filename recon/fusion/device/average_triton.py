@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "views"])  # they change in a stream, and would be compiled anew
 def average_kernel(
     tsdf, weight, color, coordinates, concerned, depths, images, cameras, blocks, views, height, width, voxel, band,
     cap, STRIDE: tl.constexpr, SIDE: tl.constexpr, STEPS: tl.constexpr,
@@ -76,7 +76,7 @@ def _rounded(value):
     return ((value + 12582912.0) - 12582912.0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def through_kernel(
     coordinates, concerned, before, depths, cameras, constants, blocks, height, width,
     STRIDE: tl.constexpr, BLOCK: tl.constexpr,

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from recon.errors import ReconError
+from recon.fusion.device import free_bytes
 from recon.fusion.kernels.blocks import REACH, SIDE
 
 VOXELS = SIDE**3
@@ -106,7 +107,7 @@ class BlockPool:
 
     def _require_room(self, size: int, capacity: int) -> None:
         """Refuse before anything is allocated: out of memory half way would leave buffers of different lengths."""
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         needed = (capacity - self.capacity) * _BYTES + self.capacity * VOXELS * 6  # and the largest buffer twice
         if free is not None and needed > free:
             raise ReconError(
@@ -133,11 +134,3 @@ def pack(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 def unpack(keys: torch.Tensor) -> torch.Tensor:
     """[N,3] int64 block coordinates of packed keys."""
     return torch.stack([(keys >> 42) - REACH, ((keys >> 21) & _MASK) - REACH, (keys & _MASK) - REACH], -1)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated: the device's free memory and what PyTorch holds unused. None: not known (CPU)."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + unused)
