@@ -181,7 +181,9 @@ def test_depth_that_does_not_resemble_the_bootstrap_gives_no_metres(
     upside_down = [replace(view, depth=view.depth[::-1, ::-1].copy() ** 3) for view in views]
     assert metric(shrunk(truth), upside_down, None, ScaleOptions()).scale == Scale()
     assert "no metres from recorded depth and the bootstrap's differ by" in caplog.text
-    with pytest.raises(ReconError, match=r"scale\.source=model gives no metres: metric model and the bootstrap's differ"):
+    with pytest.raises(
+        ReconError, match=r"scale\.source=model gives no metres: metric model and the bootstrap's differ"
+    ):
         metric(shrunk(truth), blind(views), None, ScaleOptions(source="model"), lambda: upside_down)
 
 

@@ -64,8 +64,8 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
             f"the network's cameras miss the calibrated rig by {centres:.0%} of its extent and {degrees:.0f} degrees"
         )
         log.warning(
-            "%s: the given poses are used, but the scale of the depth is uncertain. Either the rig is not that of these "
-            "images, or the network is too weak for them: those that come with recon know rendered rooms only",
+            "%s: the given poses are used, but the scale of the depth is uncertain. Either the rig is not that of "
+            "these images, or the network is too weak for them: those that come with recon know rendered rooms only",
             doubt,
         )
         return _accepted(views, placements, K, target, scale, notes | {"pose_confidence": f"low: {doubt}"})
