@@ -199,7 +199,7 @@ def reconstruct(run: Run) -> str:
                 waiting=waiting,
                 predict=config.depth.predict,
                 predict_all=config.depth.predict_all,
-            )  # fmt: skip
+            )
         )
         found = bootstrap_artifact(store, session, pool)
         again = partial(config.model.bootstrap, scale=found[1].scale, session=session)
