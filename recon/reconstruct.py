@@ -188,10 +188,6 @@ def reconstruct_scene(
         result.source = config.source.report()
         result.seconds["stream"] = time.perf_counter() - start
         with busy("Writing the map"):
-            if (rows := frames.close()) is not None:
-                result.files.append(rows)
-            else:
-                result.losses.told[frames.path.name] = frames.lost
             _write_outputs(config, streamer, result, folder)
     return result
 
@@ -265,6 +261,11 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
         "frames_per_s": result.log.seen / seconds if seconds else 0.0,
         "latency_budget_ms": config.stream.latency_budget_ms,
     }
+    _tell_of_an_empty_stream(result)
+
+
+def _tell_of_an_empty_stream(result: Reconstruction) -> None:
+    """Where nothing was fused: the commonest reason, and what speaks against the bootstrap."""
     if result.log.seen and not result.log.accepted:
         reason, count = result.log.rejected.most_common(1)[0]
         doubt = result.bootstrap.notes.get("pose_confidence", "")
@@ -291,7 +292,11 @@ def _write_depth(frame: FrameResult, scale: Scale, folder: Path) -> Path:
 
 
 def _write_outputs(config: Config, streamer: Streamer, result: Reconstruction, folder: Path) -> None:
-    """`map_updated.ply`, `mesh.ply`, what only this map type has, and `calibration.json`."""
+    """Rows of frames, `map_updated.ply`, `mesh.ply`, what only this map type has, and `calibration.json`."""
+    if (rows := result.log.close()) is not None:
+        result.files.append(rows)
+    else:
+        result.losses.told[result.log.path.name] = result.log.lost
     points = _write_points(result, folder / "map_updated.ply")
     result.map_stats = {**result.fused.stats(), "points": float(points)}
     mesh = result.fused.mesh()
