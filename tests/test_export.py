@@ -111,7 +111,11 @@ class AlwaysTracedWrong(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "message"),
-    [(NoOnnxForm, "bessel_j0"), (DataDependent, "shapes that are fixed|cannot be exported"), (AlwaysTracedWrong, "tolerance")],
+    [
+        (NoOnnxForm, "bessel_j0"),
+        (DataDependent, "shapes that are fixed|cannot be exported"),
+        (AlwaysTracedWrong, "tolerance"),
+    ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path: Path, module: type[nn.Module], message: str) -> None:
     with pytest.raises(ReconError, match=message) as caught:
