@@ -5,30 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from command import TINY, newest_run, recon
 
-TINY = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none", "fusion.voxel=0.05"]
 RECORDED = ["model=recorded", "depth=recorded"]
 SMALL = [*TINY, *RECORDED]
-
-
-def recon(
-    *arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    command = [*wrapper, sys.executable, "-m", "recon", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    if check is not None:
-        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def newest_run(folder: Path) -> Path:
-    return max((folder / "outputs" / "runs").glob("*/*"), key=lambda path: path.name)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -190,58 +173,6 @@ def test_a_failed_job_does_not_stop_the_sweep_but_its_exit_code(tmp_path: Path) 
     rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
     assert [row["status"] for row in rows] == ["failed", "ok"], done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def killed_ten_times(arguments: list[str], folder: Path, duration: float) -> None:
-    """Start the command ten times and kill each with SIGKILL, at moments spread over its duration."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", "recon", *arguments]
-    for moment in np.sort(np.random.default_rng(7).uniform(0.25, 1.0, 10)) * duration:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=folder, env=environment, **quiet)
-        time.sleep(float(moment))
-        process.kill()
-        process.wait()
-
-
-def frames_without_times(run: Path) -> list[dict[str, object]]:
-    rows = json.loads((run / "metrics.json").read_text())["frames"]
-    return [{k: v for k, v in row.items() if "ms" not in k.split("_") or k == "resid_med_mm"} for row in rows]
-
-
-NETWORKS = ["model=vggt-twin", "depth=da2-twin", "model.width=84", "model.height=56"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("networks", [RECORDED, NETWORKS], ids=["recorded", "networks"])
-def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(networks: list[str], tmp_path: Path) -> None:
-    """Ten SIGKILLs spread over the run, then one run to the end: same map, same frames, same artifacts, nothing stray."""
-    arguments = [*TINY, *networks, "save_per_frame_depth=true"]
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    undisturbed.mkdir()
-    disturbed.mkdir()
-    start = time.perf_counter()
-    recon(*arguments, cwd=undisturbed)
-    killed_ten_times(arguments, disturbed, time.perf_counter() - start)
-    incomplete = {run for run in (disturbed / "outputs/runs").glob("*/*") if not (run / "manifest.json").exists()}
-    recon(*arguments, cwd=disturbed)
-    final, wanted = newest_run(disturbed), newest_run(undisturbed)
-    assert final not in incomplete
-    for name in ("bootstrap_map.ply", "map_updated.ply", "mesh.ply", "tsdf_volume.npz"):
-        assert (final / name).read_bytes() == (wanted / name).read_bytes(), name
-    assert frames_without_times(final) == frames_without_times(wanted)
-    made = [
-        {
-            str(path.relative_to(folder)): path
-            for path in (folder / "outputs").rglob("*.json")
-            if "runs" not in path.parts
-        }
-        for folder in (disturbed, undisturbed)
-    ]
-    assert made[0].keys() == made[1].keys()
-    for name, path in made[0].items():
-        assert json.loads(path.read_text())["key"] == json.loads(made[1][name].read_text())["key"], name
-    assert not [path for path in (disturbed / "outputs").rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_a_reader_that_leaves_gets_no_traceback(tmp_path: Path) -> None:
