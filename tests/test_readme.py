@@ -11,13 +11,13 @@ from recording import write_recording
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.partition("  #")[0].strip() for line in README.splitlines() if line.startswith("python -m recon")]
-FRAMES = "source.width=96 source.height=72 source.steps=2"
+FRAMES = "source.width=96 source.height=72 source.steps=2 benchmark.iterations=10"
 SMALL = f"{FRAMES} model.width=84 model.height=56 depth.input_size=56"
 SMALL_BY = {  # what makes a command quick without changing what it shows
     "source=images": "",
     "doctor": "",
     "--cfg": "",
-    "stages=[benchmark]": "",
+    "stages=[benchmark]": "benchmark.iterations=10",
     "+sweep=smoke": FRAMES,
     "stages=[sensitivity]": f"{FRAMES} depth.input_size=56 model=recorded sensitivity.group=kind calibration.batches=1 sensitivity.batches=1",
 }

@@ -220,10 +220,14 @@ def test_ctrl_c_ends_a_build(plain: Path, tmp_path: Path, monkeypatch: pytest.Mo
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Phases, "step", step)
-    with pytest.raises(KeyboardInterrupt):
-        from_file(plain, tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            from_file(plain, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "plan.engine").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_errors_are_said_once(plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
