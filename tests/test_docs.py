@@ -19,7 +19,7 @@ CAMERAS = ("cam_0", "cam_1", "cam_2")
 NETWORKS = ["model=vggt-twin", "model.width=56", "model.height=42", "depth=da2-twin", "depth.input_size=56",
             "engine=torch", "fusion=surfel", "fusion.max_depth=1e6"]  # fmt: skip
 SCENE = ["source.width=96", "source.height=72", "source.steps=2"]
-SMALL = [*SCENE, "model.width=84", "model.height=56", "depth.input_size=56"]
+SMALL = [*SCENE, "model=recorded", "depth=recorded"]
 RIG = """
 [cameras.{number}]
 size = [160, 120]
