@@ -3,8 +3,8 @@
     python benchmarks/cpu.py --out FILE.json [--rounds 30]
 
 Engines: the demo's two, built by the real command, against every combination of graph level, threads, execution mode
-and spinning on the exported ONNX file, in plain `onnxruntime.run` with NumPy arrays. One inference of each candidate in
-turn, `--rounds` times, so that a busy moment hits all of them; medians, and the ratio of ours to the best by hand.
+and spinning on the exported ONNX file, in plain `onnxruntime.run` with NumPy arrays. All candidates in turn, `--rounds`
+times, so that a busy moment hits all of them; medians, and the ratio of ours to the best by hand.
 Commands: `--help`, and a second run of the demo's engine stages, everything cached; wall time, median of five.
 """
 
@@ -94,19 +94,30 @@ def against_hand(engine: Path, rounds: int) -> dict[str, Any]:
         runs: dict[str, Callable[[], object]] = {"ours": lambda: session.infer(feeds)}
         for label, options in settings():
             runs[label] = plain(onnx, options, arrays)
-        samples: dict[str, list[float]] = {label: [] for label in runs}
-        for index in range(rounds + 2):
-            for label, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if index >= 2:  # the first two warm up
-                    samples[label].append((time.perf_counter() - start) * 1e3)
+        samples = taken_in_turn(runs, rounds)
     middle = {label: float(np.median(times)) for label, times in samples.items()}
     best = min((label for label in middle if label != "ours"), key=lambda label: middle[label])
     return {
         "ours_ms": middle["ours"], "best_ms": middle[best], "best": best, "ratio": middle["ours"] / middle[best],
         "median_ms": middle, "samples_ms": samples,
     }  # fmt: skip
+
+
+def taken_in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds: in every round each candidate once, after one to warm up, in another order every time.
+
+    The pause lets threads of the one before, which wait busily, go to sleep.
+    """
+    samples: dict[str, list[float]] = {label: [] for label in runs}
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for label in order.permutation(list(runs)):
+            time.sleep(0.03)
+            runs[label]()
+            start = time.perf_counter()
+            runs[label]()
+            samples[label].append((time.perf_counter() - start) * 1e3)
+    return samples
 
 
 def settings() -> list[tuple[str, Any]]:
