@@ -70,7 +70,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     ],
 )
 def test_benchmark_modes_time_what_they_say(
-    made: tuple[Config, Path], options: dict[str, object], names: list[str], samples: list[int]
+    made: tuple[Config, Path],
+    options: dict[str, object],
+    names: list[str],
+    samples: list[int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings, file = made
     filled = {
@@ -87,7 +91,12 @@ def test_benchmark_modes_time_what_they_say(
     assert [len(result.latency_samples_ms) for result in found.values()] == samples
     together = [result for result in found.values() if result.company > 1]
     assert len(together) == (2 if "streams" in options or "co_run" in options else 0)
-    assert all(result.combined_per_s and result.combined_per_s > 0 for result in together)
+    if "co_run" in options or any(result.combined_per_s is not None for result in together):
+        assert all(result.combined_per_s and result.combined_per_s > 0 for result in together)
+    elif (
+        together
+    ):  # on a busy machine so few inferences of so small a network may all be over before the other stream begins
+        assert "no combined throughput" in caplog.text
     kinds = {result.input for result in found.values()}
     assert kinds == {"source=synthetic" if "input" in options else "random" if len(filled) > 1 else "example"}
     assert len(_rows(store.root / "benchmarks.csv")) == len(before) + len(found)

@@ -7,6 +7,7 @@ last of them has.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from recon.engines import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,7 +41,7 @@ def run_streams(lanes: Sequence[Lane], options: BenchmarkOptions) -> dict[str, B
     """All lanes at once, each `iterations` times after its warm-up, without waiting for one another.
 
     Combined throughput counts the inferences that ended while every lane was still running: at the end the last lanes
-    would have the device to themselves.
+    would have the device to themselves. None, with a warning, where there was no such time.
     """
     gate = threading.Barrier(len(lanes))
     ends: dict[str, list[int]] = {lane.name: [] for lane in lanes}
@@ -56,7 +59,9 @@ def run_streams(lanes: Sequence[Lane], options: BenchmarkOptions) -> dict[str, B
     clocks = _together(lanes, work, gate)
     begin, end = max(started), min(times[-1] for times in ends.values())
     done = sum(begin < moment <= end for times in ends.values() for moment in times)
-    combined = done / ((end - begin) / 1e9)
+    combined = done / ((end - begin) / 1e9) if end > begin else None
+    if combined is None:
+        log.warning("one stream had ended before another began: no combined throughput; raise benchmark.iterations")
     return {lane.name: _result(lane, clocks[lane.name], options, len(lanes), combined) for lane in lanes}
 
 
@@ -125,7 +130,12 @@ def _stream(device: str) -> Iterator[None]:
 
 
 def _result(
-    lane: Lane, clock: Clock, options: BenchmarkOptions, company: int, combined: float, frames: float | None = None
+    lane: Lane,
+    clock: Clock,
+    options: BenchmarkOptions,
+    company: int,
+    combined: float | None,
+    frames: float | None = None,
 ) -> BenchmarkResult:
     from recon.machine import cpu_mhz, cpu_name, peak_rss_mib
 
