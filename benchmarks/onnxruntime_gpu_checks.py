@@ -72,10 +72,11 @@ def checks(graphs: list[Graph], provider: str, work: Path) -> list[dict[str, Any
             check("no copy through the host", lambda: no_copies(graph, opened(engine, path))),
             check("work is ordered after the caller's stream", lambda: ordered(graph, opened(engine, path))),
             check("closing gives the memory back", lambda: memory_back(graph, engine, path)),
-            check("true FP32 is an option", lambda: true_fp32(graph, path)),
             check("an operator that the provider lacks", lambda: fallback(provider, work)),
             check("TensorRT's provider without TensorRT", lambda: without_tensorrt(graph, work)),
         ]
+    if provider == "cuda" and graph.asked == "fp32":
+        found.append(check("true FP32 is an option", lambda: true_fp32(graph, path)))
     return found
 
 

@@ -13,7 +13,8 @@ from recon.config import option
 from recon.engines.onnxruntime import OnnxRuntime
 from recon.errors import ReconError
 from recon.export import ExportOptions, export
-from recon.formats import Ranges
+from recon.formats import Ranges, Recipe
+from recon.network import Network, TensorSpec
 from recon.precision import Precision
 from recon.quant import QuantMode
 from recon.quantise import make_recipe, write
@@ -53,6 +54,48 @@ def test_numbers_of_the_cpu_provider(base: Path, tmp_path: Path, precision: str,
         assert session.device.startswith("cuda")
         for error in compare(cpu, session, [images(1), images(2)]).values():
             assert error.passes(limit), error
+
+
+def test_bf16_with_an_operator_that_has_no_bf16_kernel(tmp_path: Path) -> None:
+    """Resize is computed in FP32 between Casts, which the facts say; the products are BF16."""
+    write_bf16(tmp_path)
+    facts = cuda().optimise(tmp_path / "bf16.onnx", tmp_path / "bf16.engine")
+    assert any(line.startswith("Resize in FP32 between Casts") for line in facts["held_back"])
+    assert {layer.compute for layer in cuda().inspect(tmp_path / "bf16.engine").layers} == {"bf16"}
+    reference = OnnxRuntime(name="onnxruntime").open(tmp_path / "base.onnx", "basic")
+    with reference as cpu, cuda().load(tmp_path / "bf16.engine") as session:
+        for error in compare(cpu, session, [images(1), images(2)]).values():
+            assert error.passes(3e-2), error
+            assert error.rel_l2 > 1e-4, "BF16 keeps 8 bits"
+
+
+def write_bf16(folder: Path) -> None:
+    def load() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return Resized().eval()
+
+    net = Network("resized", {"images": TensorSpec((2, 3, 32, 32))}, ("out",), "seed-0", load, images)
+    export(net, folder / "base.onnx", ExportOptions())
+    write(net, folder / "base.onnx", Recipe(rest="bf16"), folder / "bf16.onnx")
+
+
+class Resized(torch.nn.Module):
+    """A product, bilinear resizing, a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Upsample(size=(40, 48), mode="bilinear")
+        self.last = torch.nn.Conv2d(8, 4, 3)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.last(self.up(self.stem(images).relu())),)
+
+
+def test_nothing_is_printed_when_a_session_opens(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime warns of a plug-in that was not registered when it is told the device that it takes anyway."""
+    with cuda().open(base, "all") as session:
+        session.infer(images(1))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_crosses_to_the_host(base: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recon.engines import Build, Engine, Session
+from recon.engines.ort.failures import explained
+from recon.engines.ort.files import copied, graph_shapes
 from recon.engines.ort.session import OrtCudaSession, OrtSession, data_file, dynamic_shapes
-from recon.engines.ort.support import Rewrites, module_named, refusal, rewrites
+from recon.engines.ort.support import Rewrites, refusal, rewrites
 from recon.engines.trt import profiles
 from recon.errors import ReconError, Refused
 from recon.formats import Inspection, LayerFormat, RestFormat
@@ -26,6 +28,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 LEVELS = {"none": "DISABLE_ALL", "basic": "ENABLE_BASIC", "extended": "ENABLE_EXTENDED", "all": "ENABLE_ALL"}
 ONE_FILE_LIMIT = 1_900_000_000  # bytes; protobuf ends at 2 GiB, and fused graphs can be larger than their source
 NOT_HELD_BACK = Rewrites()
+FIRST_DEVICE = "cuda:0"
+"""The providers' own default. With a `device_id` ONNX Runtime (1.26 and later) first looks for a provider that was
+registered as a plug-in, and warns for each session that it found none, before it takes the built-in one."""
 
 
 @dataclass
@@ -40,7 +45,7 @@ class OnnxRuntime(Engine):
     threads: int = 0
     """Threads inside one operator; 0 = one per physical core."""
     optimisation: str = "all"
-    """none, basic, extended or all: how far the graph is rewritten at build time."""
+    """none, basic, extended or all: how far the graph is rewritten at build time. Without effect for tensorrt."""
     arena: bool = True
     """Keep freed memory for the next inference: faster, and holds the peak for good."""
     spinning: bool = True
@@ -86,25 +91,15 @@ class OnnxRuntime(Engine):
         return self.optimise(source.onnx, out)
 
     def optimise(self, onnx: Path, out: Path) -> dict[str, Any]:
-        """Write ONNX Runtime's own optimised graph of any ONNX file to `out`; returns facts for its manifest.
+        """Write ONNX Runtime's own optimised graph of any ONNX file to `out` (for TensorRT's provider the graph as it
+        is); returns facts for its manifest.
 
         Raises:
             ReconError: the file is damaged, or has an operator or a type that ONNX Runtime cannot run (named).
         """
         self.check()
         start = time.perf_counter()
-        held_back = rewrites(onnx) if onnx.is_file() else Rewrites()
-        options = self._options(self.optimisation)
-        options.optimized_model_filepath = str(out)
-        # without these entries the optimised file goes on referring to the weights of its source
-        size = sum(file.stat().st_size for file in (onnx, data_file(onnx)) if file.exists())
-        entry = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{entry}_file_name", data_file(out).name)
-        inline_below = 1024 if size > ONE_FILE_LIMIT else ONE_FILE_LIMIT
-        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(inline_below))
-        # TensorRT takes subgraphs out that cannot be written back: its engine is the provider-neutral graph
-        session = self._open(onnx, options, "cpu" if self.provider == "tensorrt" else self.provider, held_back)
-        profiles.fit(self.profiles, dynamic_shapes(session))
+        held_back = self._as_written(onnx, out) if self.provider == "tensorrt" else self._optimised(onnx, out)
         _keep_modules(onnx, out)
         files = [file for file in (out, data_file(out)) if file.exists()]
         return {
@@ -114,6 +109,26 @@ class OnnxRuntime(Engine):
             "held_back": held_back.facts(),
             "build_seconds": time.perf_counter() - start,
         }
+
+    def _optimised(self, onnx: Path, out: Path) -> Rewrites:
+        held_back = rewrites(onnx, self.provider)
+        options = self._options(self.optimisation)
+        options.optimized_model_filepath = str(out)
+        # without these entries the optimised file goes on referring to the weights of its source
+        size = sum(file.stat().st_size for file in (onnx, data_file(onnx)) if file.exists())
+        entry = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{entry}_file_name", data_file(out).name)
+        inline_below = 1024 if size > ONE_FILE_LIMIT else ONE_FILE_LIMIT
+        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(inline_below))
+        profiles.fit(self.profiles, dynamic_shapes(self._open(onnx, options, self.provider, held_back)))
+        return held_back
+
+    def _as_written(self, onnx: Path, out: Path) -> Rewrites:
+        """TensorRT compiles the graph when it is loaded, and the CPU provider's rewrites would stand in its way: Casts
+        around FP16 nodes, and layouts that TensorRT does not know."""
+        copied(onnx, out)
+        profiles.fit(self.profiles, graph_shapes(out))
+        return NOT_HELD_BACK
 
     def load(self, path: Path) -> Session:
         """Open a file that `build` wrote; it is not optimised again.
@@ -127,6 +142,8 @@ class OnnxRuntime(Engine):
         """Every layer of the optimised graph: what it computes in and what its weights are stored as."""
         from recon.engines.ort.inspection import inspect
 
+        if self.provider == "tensorrt":
+            return Inspection(unseen="TensorRT's provider compiles the graph when it is loaded, and does not show what")
         return inspect(path)
 
     def open(self, path: Path, level: str) -> OrtSession:
@@ -150,7 +167,9 @@ class OnnxRuntime(Engine):
         device = f"cuda:{torch.cuda.current_device()}"
         stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         before = torch.cuda.mem_get_info(device)[0]
-        settings = {"device_id": torch.cuda.current_device(), "user_compute_stream": str(stream.cuda_stream)}
+        settings: dict[str, Any] = {"user_compute_stream": str(stream.cuda_stream)}
+        if device != FIRST_DEVICE:
+            settings["device_id"] = torch.cuda.current_device()
         if self.provider == "cuda":
             settings["use_tf32"] = int(self.tf32)
         session = self._open(path, self._options(level), self.provider, settings=settings)
@@ -182,28 +201,7 @@ class OnnxRuntime(Engine):
                 enable_fallback=0,  # else it prints the reason and tries the CPU
             )
         except Exception as error:  # its exceptions have no common base but Exception
-            reason = str(error).strip().splitlines()[0]
-            if "fallback to CPU" in reason:
-                raise ReconError(
-                    f"engine.provider={provider}: {path.name} would fall back to the CPU, wholly or in part",
-                    "the provider's libraries do not load, or it lacks an operator; or choose engine.provider=cpu",
-                ) from error
-            if "Please install" in reason:
-                raise ReconError(
-                    f"engine.provider={provider}: its libraries do not load: {reason.partition('Please ')[2]}",
-                    "the first line that ONNX Runtime printed names the library; or choose engine.provider=cpu",
-                ) from error
-            if isinstance(error, MemoryError) or "alloc" in reason:
-                weights = sum(file.stat().st_size for file in (path, data_file(path)) if file.exists()) / MIB
-                raise ReconError(
-                    f"{path}: not enough memory for ONNX Runtime to open it: {reason}; its weights alone take"
-                    f" {weights:.0f} MiB, and optimising holds them twice",
-                    "free some memory, engine.optimisation=basic, fewer views, or smaller images",
-                ) from error
-            raise ReconError(
-                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {reason}{module_named(path, reason)}",
-                "the file is damaged or uses what this ONNX Runtime lacks: delete it and run again",
-            ) from error
+            raise explained(error, path, provider) from error
         session.disable_fallback()
         if (got := session.get_providers()[0]) != PROVIDERS[provider]:
             raise ReconError(

@@ -17,19 +17,20 @@ Left alone, ONNX Runtime 1.31 gives up quantisation in four silent ways, each se
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recon.engines.ort.files import read
+from recon.engines.ort.islands import islands
 from recon.formats import LayerFormat, RestFormat
 from recon.onnxgraph import OnnxGraph
 
 if TYPE_CHECKING:
     import onnx
 
-NODE = re.compile(r"with name '([^']+)'|In Node, \(\"([^\"]+)\"|in node \(([^)]+)\)")
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_FP4 = "has no kernel for four-bit E2M1 values (FLOAT4E2M1), in which NVFP4 is stored"
 KERNELS: dict[str, dict[str, str]] = {
     "cpu": {
@@ -48,16 +49,18 @@ KERNELS: dict[str, dict[str, str]] = {
 @dataclass(frozen=True)
 class Rewrites:
     """How ONNX Runtime has to be held back for one graph. entries: session configuration. off: optimisers by name.
-    model: the graph with Q/DQ pairs unshared, its weights still in their file; empty when nothing is shared."""
+    model: the graph as it is handed over, its weights still in their file; empty where it is the file's own.
+    changes: what was changed in it, for manifests."""
 
     entries: dict[str, str] = field(default_factory=dict)
     off: tuple[str, ...] = ()
     model: bytes = b""
+    changes: tuple[str, ...] = ()
 
     def facts(self) -> list[str]:
         """For manifests."""
-        unshared = ["Q/DQ pairs unshared"] if self.model else []
-        return [*unshared, *self.off, *(f"{key}={value}" for key, value in self.entries.items())]
+        entries = (f"{key}={value}" for key, value in self.entries.items() if key != WEIGHTS_FOLDER)
+        return [*self.changes, *self.off, *entries]
 
 
 def refusal(provider: str, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
@@ -68,41 +71,39 @@ def refusal(provider: str, formats: Sequence[LayerFormat], rest: RestFormat) -> 
     return f"ONNX Runtime's {provider} provider {table[found]}" if found else ""
 
 
-def module_named(path: Path, reason: str) -> str:
-    """` (in module PATH)` for the node that ONNX Runtime's message names; empty where either is not known."""
-    found = NODE.search(reason)
-    try:
-        graph = OnnxGraph(path) if found else None
-    except Exception:  # protobuf and onnx raise types of their own: the file cannot be read, as the message says
-        return ""
-    name = next((group for group in found.groups() if group), "") if found else ""
-    node = next((node for node in graph.nodes if node.name == name), None) if graph and name else None
-    module = graph.module(node) if graph and node is not None else ""
-    return f" (in module {module})" if module else ""
+def rewrites(path: Path, provider: str) -> Rewrites:
+    """What has to be done so that the optimised graph still has what the graph `path` has, and the provider runs it.
 
-
-def rewrites(path: Path) -> Rewrites:
-    """What has to be done so that the optimised graph still has what the graph `path` has."""
-    graph = OnnxGraph(path)
-    kinds = set(graph.types.values())
-    if not kinds & {"int8", "fp8", "int4", "uint4"}:
-        return Rewrites()
-    entries, off = {"session.qdq_matmulnbits_accuracy_level": "1"}, ("MatMulAddFusion",)
-    if "fp8" in kinds:
-        return Rewrites(entries | {"session.disable_quant_qdq": "1"}, (*off, "ConstantFolding"))
-    model = _unshared(path)
-    if not model:
+    Raises:
+        ReconError: the file is missing or damaged.
+    """
+    model = read(path)
+    entries, off = _kept_quantised(path)
+    changes: list[str] = []
+    if off and "ConstantFolding" not in off and _unshare(model):
+        off = (*off, "CommonSubexpressionElimination")
+        changes.append("Q/DQ pairs unshared")
+    changes += islands(model, provider)
+    if not changes:
         return Rewrites(entries, off)
     # the graph is handed over as bytes, so it has to be said where its weights lie
-    entries["session.model_external_initializers_file_folder_path"] = str(path.parent.resolve())
-    return Rewrites(entries, (*off, "CommonSubexpressionElimination"), model)
+    entries[WEIGHTS_FOLDER] = str(path.parent.resolve())
+    return Rewrites(entries, off, bytes(model.SerializeToString()), tuple(changes))
 
 
-def _unshared(path: Path) -> bytes:
-    """The graph with a Q/DQ pair for every product that takes one; empty when each has its own already."""
-    import onnx
+def _kept_quantised(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Session configuration and optimisers to turn off, for a graph with Q/DQ; empty for others."""
+    kinds = set(OnnxGraph(path).types.values())
+    if not kinds & {"int8", "fp8", "int4", "uint4"}:
+        return {}, ()
+    entries, off = {"session.qdq_matmulnbits_accuracy_level": "1"}, ("MatMulAddFusion",)
+    if "fp8" in kinds:
+        return entries | {"session.disable_quant_qdq": "1"}, (*off, "ConstantFolding")
+    return entries, off
 
-    model = onnx.load(str(path), load_external_data=False)
+
+def _unshare(model: onnx.ModelProto) -> bool:
+    """Give every product that takes a Q/DQ pair one of its own, in place; False when each has its own already."""
     producer = {output: node for node in model.graph.node for output in node.output}
     nodes: list[onnx.NodeProto] = []
     taken: set[str] = set()
@@ -118,12 +119,11 @@ def _unshared(path: Path) -> bytes:
                 node.input[index] = _copied(quantise, dequantise, f"{name}.for.{node.output[0]}", nodes)
             taken.add(name)
         nodes.append(node)
-    if not shared:
-        return b""
-    nodes = list(nodes)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return bytes(model.SerializeToString())
+    if shared:
+        kept = list(nodes)
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+    return shared
 
 
 def _copied(quantise: onnx.NodeProto, dequantise: onnx.NodeProto, name: str, nodes: list[onnx.NodeProto]) -> str:
