@@ -24,6 +24,7 @@ from recon.live.clock import Moments
 from recon.live.device_align import DeviceAligner, to_depth, uploaded
 from recon.live.device_movers import DeviceMovers
 from recon.live.frame import FrameResult
+from recon.live.movers import residual
 from recon.live.reader import Batch
 from recon.live.reference import ENOUGH, small_size
 from recon.live.step import Step
@@ -231,8 +232,7 @@ def _used(result: AlignResult, tolerance: float) -> tuple[float, float, float]:
     """The pair in use, and the relative difference below which two depths are the same."""
     assert result.s is not None
     assert result.t is not None
-    residual = float(result.diagnostics.get("resid_p90_pct") or 0.0) / 100
-    return result.s, result.t, max(tolerance, 2 * residual)
+    return result.s, result.t, max(tolerance, 2 * residual(result.diagnostics))
 
 
 def _posed(view: View, image: Any, depth: Any, camera: Camera) -> PosedDepth:

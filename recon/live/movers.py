@@ -9,7 +9,9 @@ cameras that stand still.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,19 @@ from numpy.typing import NDArray
 from recon.geometry.views import Array, DepthImage
 
 Mask = NDArray[np.bool_]
+
+P90_OF_MEDIAN = 3.0
+"""The 90 % quantile of an error is at most about so many medians (normal 2.4, Laplace 3.3)."""
+
+
+def residual(diagnostics: Mapping[str, Any]) -> float:
+    """90 % quantile of a fit's relative residual, as far as it is error of the depth; 0 where there was no fit.
+
+    A thing in front of the map is in the residuals too. Where it covers a tenth of the pixels, the quantile is its
+    distance from the map, and a mask that tolerates that finds nothing. The median is not moved by it.
+    """
+    p90, median = (float(diagnostics.get(f"resid_{name}_pct") or 0.0) / 100 for name in ("p90", "med"))
+    return min(p90, P90_OF_MEDIAN * median)
 
 
 @dataclass
@@ -38,8 +53,8 @@ class MoverMask:
     ) -> tuple[DepthImage, float | None]:
         """(depth with 0 where something moves, share of the image that was taken out).
 
-        depth: [H,W] aligned, 0 = none. reference: [h,w] map as the camera sees it, 0 = none. residual: 90 % quantile of
-        the fit's relative residual. The share is None where nothing was judged: switched off, or the camera moved.
+        depth: [H,W] aligned, 0 = none. reference: [h,w] map as the camera sees it, 0 = none. residual: of the frame's
+        fit, from `residual`. The share is None where nothing was judged: switched off, or the camera moved.
         """
         moved = self._pose != T_world_cam.tobytes()
         self._pose = T_world_cam.tobytes()

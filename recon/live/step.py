@@ -17,7 +17,7 @@ from recon.errors import ReconError
 from recon.geometry.views import Array, PosedDepth, View
 from recon.live.align import Align, CameraAligner
 from recon.live.frame import FrameResult
-from recon.live.movers import MoverMask
+from recon.live.movers import MoverMask, residual
 from recon.live.reader import Batch
 from recon.live.reference import Reference
 
@@ -105,9 +105,8 @@ class HostStep(Step):
         result = aligner.update(predicted.depth, rendered, view.frame)
         depth, still, moving = None, None, None
         if result.accepted:
-            residual = float(result.diagnostics.get("resid_p90_pct") or 0.0) / 100
             depth = aligner.to_depth(predicted.depth)
-            still, moving = self.movers[view.camera].apply(depth, rendered, pose, residual)
+            still, moving = self.movers[view.camera].apply(depth, rendered, pose, residual(result.diagnostics))
         clock.append(time.perf_counter())
         if still is not None:
             self.fused.integrate(PosedDepth(view.camera, view.image, still, K, pose), batch.step)
