@@ -1,9 +1,10 @@
 """Depth of several calibrated cameras without a network: plane sweep, census, semi-global matching, cross-check.
 
 For recordings that have neither recorded depth nor a network that knows their kind of picture. Every camera is swept
-with planes parallel to its image, evenly spaced in inverse depth (Collins 1996); a pixel's match is the Hamming distance
-of 7x7 census signatures, which gain, gamma and exposure leave alone (Zabih and Woodfill 1994); smoothness is semi-global
-along eight directions (Hirschmueller 2008); a pixel keeps its depth only where another camera's own depth says the same.
+with planes parallel to its image, evenly spaced in inverse depth (Collins 1996). A pixel's match is the Hamming
+distance of 7x7 census signatures, which gain, gamma and exposure leave alone (Zabih and Woodfill 1994). Smoothness is
+semi-global along eight directions (Hirschmueller 2008). A pixel keeps its depth where another camera's own says the
+same.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def depths(views: list[View], sweep: Sweep, pairs: dict[str, list[str]]) -> dict
     """
     cameras = {view.camera: _small(view, sweep.width) for view in views}
     raw = {name: _matched(cameras[name], [cameras[other] for other in pairs[name]], sweep) for name in pairs}
-    return {name: _cleaned(raw[name], _confirmed(raw, cameras, name, pairs[name], sweep.agree), sweep) for name in pairs}
+    confirmed = {name: _confirmed(raw, cameras, name, pairs[name], sweep.agree) for name in pairs}
+    return {name: _cleaned(raw[name], confirmed[name], sweep) for name in pairs}
 
 
 def _small(view: View, width: int) -> Camera:

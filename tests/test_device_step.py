@@ -207,6 +207,7 @@ def test_moving_things_are_judged_as_on_the_host(device: str) -> None:
     rng = np.random.default_rng(0)
     reference = rng.uniform(2, 4, (30, 40)).astype(np.float32)
     reference[:, 30:] = 0
+    anchored = (reference > 0) & (np.arange(40) < 20)
     masks = [MoverMask(3, 0.04) for _ in range(2)]
     ours = DeviceMovers(3, 0.04)
     for k in range(8):
@@ -214,14 +215,16 @@ def test_moving_things_are_judged_as_on_the_host(device: str) -> None:
         depth = depth.astype(np.float32)
         depth[:, 40:80, 10 * k : 10 * k + 30] = 1.0
         depth[:, 10:30, 100:110] = 1.5
+        depth[:, 90:110, 90:100] = 5.0 + k  # behind what the live map has
         poses = [np.eye(4), np.diag([1, 1, 1, 1 + (k >= 5)]).astype(np.float64)]
         found, shares = ours.apply(
-            ["a", "b"], torch.from_numpy(depth).to(device), torch.from_numpy(np.stack([reference] * 2)).to(device), poses,
+            ["a", "b"], torch.from_numpy(depth).to(device), torch.from_numpy(np.stack([reference] * 2)).to(device),
+            torch.from_numpy(np.stack([anchored] * 2)).to(device), poses,
             torch.full((2,), 0.05, dtype=torch.float64, device=device),
         )  # fmt: skip
         assert shares is not None
         for i, mask in enumerate(masks):
-            wanted, share = mask.apply(depth[i], reference, poses[i], 0.025)
+            wanted, share = mask.apply(depth[i], reference, poses[i], 0.025, anchored)
             np.testing.assert_array_equal(found[i].cpu().numpy(), wanted)
             assert shares[i].item() == pytest.approx(np.nan if share is None else share, nan_ok=True)
     assert shares.min() > 0

@@ -8,7 +8,7 @@ import pytest
 from recon.config import option
 from recon.live import DepthAnythingPool
 from recon.live.align import Align
-from recon.live.movers import MoverMask
+from recon.live.movers import MoverMask, residual
 from recon.live.stream import FrameResult, Streamer
 
 WALL = np.full((60, 80), 4.0, np.float32)
@@ -47,6 +47,35 @@ def test_noise_does_not_reset_the_count_and_a_thing_leaving_is_fused_at_once() -
     still, share = mask.apply(behind, np.full((60, 80), 2.0, np.float32), HERE)
     assert share == 0.0
     np.testing.assert_array_equal(still, behind)
+
+
+def test_a_thing_that_draws_back_is_not_fused_because_it_stood_nearer_before() -> None:
+    """Where the reference is the live map's own, only what agrees with it is fused at once."""
+    before = np.full((60, 80), 2.0, np.float32)  # it stood still for a while, and got into the live map
+    nowhere = np.zeros((60, 80), np.bool_)
+    own, bootstraps = MoverMask(3, 0.04), MoverMask(3, 0.04)
+    for step in range(6):
+        depth = np.full((120, 160), 2.2 + 0.2 * step, np.float32)
+        assert own.apply(depth, before, HERE, anchored=nowhere)[1] == 1.0
+        assert bootstraps.apply(depth, before, HERE, anchored=~nowhere)[1] == 0.0
+    shares = [own.apply(depth, before, HERE, anchored=nowhere)[1] for _ in range(2)]
+    assert shares == [1.0, 0.0]  # and forgets it once what is behind it has been the same for long enough
+    agreeing = np.full((120, 160), 2.03, np.float32)
+    assert MoverMask(3, 0.04).apply(agreeing, before, HERE, anchored=nowhere)[1] == 0.0
+
+
+def test_the_tolerance_does_not_grow_with_the_moving_thing() -> None:
+    """A thing over 15 % of the image is 50 % off the map; the rest is 1 % off."""
+    rng = np.random.default_rng(0)
+    off = np.abs(rng.normal(0, 0.01, 10_000))
+    figures = {"resid_med_pct": 100 * np.median(off), "resid_p90_pct": 100 * np.quantile(off, 0.9)}
+    assert residual(figures) == pytest.approx(figures["resid_p90_pct"] / 100)
+    off[:1500] = 0.5
+    figures = {"resid_med_pct": 100 * np.median(off), "resid_p90_pct": 100 * np.quantile(off, 0.9)}
+    assert figures["resid_p90_pct"] == pytest.approx(50)
+    assert residual(figures) < 0.03
+    assert residual({}) == 0.0
+    assert residual({"resid_med_pct": None, "resid_p90_pct": None}) == 0.0
 
 
 def test_a_camera_that_moves_is_not_judged() -> None:

@@ -121,7 +121,7 @@ class DeviceStep(Step):
         cameras = [self.camera(view) for view in views]
         aligners = [self.aligners[view.camera] for view in views]
         work.moments.mark()
-        reference, work.anchored = self.reference.render_all(views, cameras)
+        reference, known, work.anchored = self.reference.render_all(views, cameras)
         work.moments.mark()
         work.aligned = self.aligner.update_all(aligners, prediction, reference, [view.frame for view in views])
         taken = [row for row, result in enumerate(work.aligned) if result.accepted]
@@ -130,7 +130,8 @@ class DeviceStep(Step):
             rows = uploaded(np.array([_used(work.aligned[row], self.movers.tolerance) for row in taken]), self.device)
             depth = to_depth(aligners[0], _chosen(prediction, taken), rows)
             names, poses = [views[row].camera for row in taken], [cameras[row][1] for row in taken]
-            still, work.shares = self.movers.apply(names, depth, _chosen(reference, taken), poses, rows[:, 2])
+            seen = _chosen(reference, taken), _chosen(known, taken)
+            still, work.shares = self.movers.apply(names, depth, *seen, poses, rows[:, 2])
             work.taken, work.depth = taken, dict(zip(taken, depth, strict=True))
         work.moments.mark()
         if still is not None:
@@ -173,13 +174,14 @@ class DeviceReference:
     _last: dict[str, tuple[bytes, Tensor, float]] = field(default_factory=dict, init=False)
 
     @torch.inference_mode()
-    def render_all(self, views: Sequence[View], cameras: Sequence[Camera]) -> tuple[Tensor, list[float]]:
-        """[C,h,w] float32 reference depth of views of one size, and the shares of it that are the bootstrap's."""
+    def render_all(self, views: Sequence[View], cameras: Sequence[Camera]) -> tuple[Tensor, Tensor, list[float]]:
+        """[C,h,w] float32 reference depth of views of one size, where it is the bootstrap's, and the shares of that."""
         small = small_size(self.width, views[0].size)
         scaled = [(scale_intrinsics(K, views[0].size, small), pose) for K, pose in cameras]
         self._refresh([view.camera for view in views], scaled, small)
         known = [self._last[view.camera] for view in views]
         found = torch.stack([depth for _, depth, _ in known])
+        own = found > 0
         poor = [i for i, (_, _, covered) in enumerate(known) if covered < ENOUGH]
         anchored = [1.0] * len(views)
         if poor:
@@ -189,7 +191,7 @@ class DeviceReference:
             filled = _covered([found[i] for i in poor])
             for i, share in zip(poor, filled, strict=True):
                 anchored[i] = known[i][2] / max(share, known[i][2], 1e-9)
-        return found, anchored
+        return found, own, anchored
 
     def _refresh(self, names: list[str], cameras: Sequence[Camera], small: tuple[int, int]) -> None:
         """Render the bootstrap map into the cameras that stand elsewhere than at their last frame."""

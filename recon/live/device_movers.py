@@ -31,12 +31,18 @@ class DeviceMovers:
 
     @torch.inference_mode()
     def apply(
-        self, cameras: Sequence[str], depth: Tensor, reference: Tensor, poses: Sequence[Array], tolerances: Tensor
+        self,
+        cameras: Sequence[str],
+        depth: Tensor,
+        reference: Tensor,
+        anchored: Tensor,
+        poses: Sequence[Array],
+        tolerances: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """`MoverMask.apply` for one frame of each camera: depth [C,H,W] with 0 where something moves, and the shares
         of the images taken out [C], NaN where a camera was not judged; None where none was.
 
-        reference: [C,h,w]. tolerances: [C] from `tolerance`.
+        reference: [C,h,w]. anchored: [C,h,w] bool, where it is the bootstrap's. tolerances: [C] from `tolerance`.
         """
         if not self.frames:
             return depth, None
@@ -50,7 +56,7 @@ class DeviceMovers:
         last = torch.stack([small[i] if known is None else known.last for i, known in enumerate(kept)])
         none = torch.zeros_like(small[0], dtype=torch.int32)
         stable = torch.stack([none if known is None else known.stable for known in kept])
-        out, stable = self._judge(small, last, stable, reference, tolerances[:, None, None])
+        out, stable = self._judge(small, last, stable, reference, anchored, tolerances[:, None, None])
         shares = out.to(torch.float32).mean((1, 2))
         for i, camera in enumerate(cameras):
             if moved[i]:
@@ -59,17 +65,20 @@ class DeviceMovers:
         return torch.where(_enlarged(out, tuple(depth.shape[1:])), 0.0, depth), shares
 
     def _judge(
-        self, small: Tensor, last: Tensor, stable: Tensor, reference: Tensor, tolerance: Tensor
+        self, small: Tensor, last: Tensor, stable: Tensor, reference: Tensor, anchored: Tensor, tolerance: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Which pixels are not to be fused, and how often each was the same; all [C,h,w]."""
-        nearer, close = ((1 - part).to(small.dtype) for part in (tolerance, tolerance / 2))
-        seen = small > 0
-        known = seen & (reference > 0)
-        new = seen & ((reference == 0) | (small < reference * nearer))
+        new = (small > 0) & ~_explained(small, reference, tolerance, anchored)
         same = (small - last).abs() <= tolerance.to(small.dtype) * small
         stable = torch.where(new, torch.where(same, stable + 1, 1), 0)
-        out = new & (stable < self.frames)
-        return _grown(out) & ~(known & (small >= reference * close)), stable
+        out = _grown(new & (stable < self.frames)) & ~_explained(small, reference, tolerance / 2, anchored)
+        return out, stable
+
+
+def _explained(small: Tensor, reference: Tensor, tolerance: Tensor, anchored: Tensor) -> Tensor:
+    nearer, farther = ((1 + sign * tolerance).to(small.dtype) for sign in (-1, 1))
+    known = (small > 0) & (reference > 0)
+    return known & (small >= reference * nearer) & (anchored | (small <= reference * farther))
 
 
 def _shrunk(depth: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,8 +3,9 @@
 A pixel whose depth lies in front of the reference, or where the reference knows nothing, shows something that the
 bootstrap did not see. If it is there to stay, its depth is the same from frame to frame; if it moves, it is not. So
 such a pixel is fused only once its depth has been the same for some frames. Depth behind the reference is always fused:
-that is how a map forgets what has left. Judged at the resolution of the rendered reference, per pixel, so only for
-cameras that stand still.
+that is how a map forgets what has left. But where the reference comes from the live map, a moving thing may have got
+into it, and if it draws back, all its depth lies behind: there only what agrees with the map is fused at once. Judged
+at the resolution of the rendered reference, per pixel, so only for cameras that stand still.
 """
 
 from __future__ import annotations
@@ -49,12 +50,18 @@ class MoverMask:
     _stable: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32), init=False)
 
     def apply(
-        self, depth: DepthImage, reference: DepthImage, T_world_cam: Array, residual: float = 0.0
+        self,
+        depth: DepthImage,
+        reference: DepthImage,
+        T_world_cam: Array,
+        residual: float = 0.0,
+        anchored: Mask | None = None,
     ) -> tuple[DepthImage, float | None]:
         """(depth with 0 where something moves, share of the image that was taken out).
 
         depth: [H,W] aligned, 0 = none. reference: [h,w] map as the camera sees it, 0 = none. residual: of the frame's
-        fit, from `residual`. The share is None where nothing was judged: switched off, or the camera moved.
+        fit, from `residual`. anchored: [h,w] where the reference is the bootstrap's; None: everywhere. The share is
+        None where nothing was judged: switched off, or the camera moved.
         """
         moved = self._pose != T_world_cam.tobytes()
         self._pose = T_world_cam.tobytes()
@@ -67,20 +74,24 @@ class MoverMask:
             if not first:
                 return depth, None
         tolerance = max(self.tolerance, 2 * residual)
-        out = self._judge(small, reference, tolerance)
+        out = self._judge(small, reference, tolerance, reference > 0 if anchored is None else anchored)
         if not out.any():
             return depth, 0.0
         return np.where(_enlarge(out, depth.shape), np.float32(0), depth), float(np.mean(out))
 
-    def _judge(self, small: DepthImage, reference: DepthImage, tolerance: float) -> Mask:
+    def _judge(self, small: DepthImage, reference: DepthImage, tolerance: float, anchored: Mask) -> Mask:
         """Which pixels, at the reference's resolution, are not to be fused; updates the memory."""
-        known = (small > 0) & (reference > 0)
-        new: Mask = (small > 0) & ((reference == 0) | (small < reference * (1 - tolerance)))
+        new: Mask = (small > 0) & ~_explained(small, reference, tolerance, anchored)
         same = np.abs(small - self._last) <= tolerance * small
         self._stable = np.where(new, np.where(same, self._stable + 1, 1), 0).astype(np.int32)
         self._last = small
-        out: Mask = new & (self._stable < self.frames)
-        return _grown(out) & ~(known & (small >= reference * (1 - tolerance / 2)))
+        return _grown(new & (self._stable < self.frames)) & ~_explained(small, reference, tolerance / 2, anchored)
+
+
+def _explained(small: DepthImage, reference: DepthImage, tolerance: float, anchored: Mask) -> Mask:
+    """Where the depth is not in front of the bootstrap's surface, or on that of the live map."""
+    known = (small > 0) & (reference > 0)
+    return known & (small >= reference * (1 - tolerance)) & (anchored | (small <= reference * (1 + tolerance)))
 
 
 def _shrink(depth: DepthImage, shape: tuple[int, ...]) -> DepthImage:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recon.geometry.cameras import scale_intrinsics
 from recon.geometry.views import Array, DepthImage
@@ -31,8 +32,10 @@ class Reference:
     width: int
     _last: dict[str, tuple[bytes, DepthImage]] = field(default_factory=dict, init=False)
 
-    def render(self, camera: str, K: Array, T_world_cam: Array, size: tuple[int, int]) -> tuple[DepthImage, float]:
-        """[h,w] float32 reference depth at `width` pixels across, and the share of it that is the bootstrap's.
+    def render(
+        self, camera: str, K: Array, T_world_cam: Array, size: tuple[int, int]
+    ) -> tuple[DepthImage, NDArray[np.bool_], float]:
+        """[h,w] float32 reference depth at `width` pixels across, where it is the bootstrap's, and the share of that.
 
         size: (width, height) of the image that K belongs to.
         """
@@ -44,9 +47,9 @@ class Reference:
         anchored = self._last[camera][1]
         covered = float(np.mean(anchored > 0))
         if covered >= ENOUGH:
-            return anchored, 1.0
+            return anchored, anchored > 0, 1.0
         filled = np.where(anchored > 0, anchored, self.live.render_depth(K_small, T_world_cam, *small))
-        return filled, covered / max(float(np.mean(filled > 0)), covered, 1e-9)
+        return filled, anchored > 0, covered / max(float(np.mean(filled > 0)), covered, 1e-9)
 
 
 def small_size(width: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -100,13 +100,14 @@ class HostStep(Step):
             return FrameResult(view, failed, None, 0.0, {**ms, "depth": predicted.ms, "latency": batch.age_ms()})
         K, pose = self.camera(view)
         clock = [time.perf_counter()]
-        rendered, anchored = self.reference.render(view.camera, K, pose, view.size)
+        rendered, known, anchored = self.reference.render(view.camera, K, pose, view.size)
         clock.append(time.perf_counter())
         result = aligner.update(predicted.depth, rendered, view.frame)
         depth, still, moving = None, None, None
         if result.accepted:
             depth = aligner.to_depth(predicted.depth)
-            still, moving = self.movers[view.camera].apply(depth, rendered, pose, residual(result.diagnostics))
+            error = residual(result.diagnostics)
+            still, moving = self.movers[view.camera].apply(depth, rendered, pose, error, known)
         clock.append(time.perf_counter())
         if still is not None:
             self.fused.integrate(PosedDepth(view.camera, view.image, still, K, pose), batch.step)
