@@ -2,7 +2,6 @@
 
     python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer peer-bf16
     python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base
-    python benchmarks/depth_gpu.py --out depth_eager.json --modes fp16 bf16 --sizes base large --eager
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
 JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through
@@ -21,7 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu import SAMPLES, Shared, clear, errors, machine, peak_gib, percentiles, recipe, reference, session, timed
+from gpu import (
+    SAMPLES,
+    Shared,
+    clear,
+    errors,
+    filled,
+    machine,
+    peak_gib,
+    percentiles,
+    recipe,
+    reference,
+    session,
+    timed,
+)
 
 from recon.depth.depth_anything import DepthAnything
 from recon.engines.inductor import Inductor
@@ -37,16 +49,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=["small", "base", "large"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--modes", nargs="*", default=["fp16", "bf16", "peer", "peer-bf16"])
-    parser.add_argument("--eager", action="store_true", help="attention with its weights formed early")
     parser.add_argument("--kernels", default="auto", help="engine.kernels")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
-    record = machine() | {"eager": arguments.eager}
-    if arguments.eager:
-        from recon.kernels import launch
-
-        launch.LONG = replace(launch.LONG, eager=True)
+    record = machine()
     for size in arguments.sizes:
         shared = Shared(network_of(size, 1))
         for batch in arguments.batches:
@@ -79,7 +86,7 @@ def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: ar
     engine = Inductor(name="inductor", device="cuda", kernels=arguments.kernels)
     asked = recipe(network, mode, "cuda")
     with tempfile.TemporaryDirectory() as folder, session(network, asked, engine, Path(folder)) as (running, facts):
-        feeds = {name: value.cuda() for name, value in network.example(0).items()}
+        feeds = filled(running, network.example(0))
         clear()
         found = [value.float().cpu().numpy() for value in running.infer(feeds).values()]
         samples = timed(lambda: running.infer(feeds), arguments.samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from recon.precision import Precision
 from recon.quant.none import NoQuant
 from recon.quantise import make_recipe
 
+os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")  # as recon.app does; read at the first product
 WARMUP, SAMPLES = 10, 50
 CALIBRATION_SEEDS = (1, 2)  # the measured inputs are those of seed 0
 MODES = {  # precision, format of the rest, layers that are kept in it
@@ -109,6 +111,14 @@ def session(
         clear()
 
 
+def filled(running: Session, example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The session's own input buffers with the example in them; copies on the GPU where it has none."""
+    feeds = {name: value.cuda() for name, value in example.items()}
+    for name, buffer in running.buffers().items():
+        feeds[name] = buffer.copy_(feeds[name])
+    return feeds
+
+
 def clear() -> None:
     """Give freed GPU memory back and start a new peak."""
     gc.collect()
@@ -154,7 +164,8 @@ def peak_gib() -> float:
 
 def clocks() -> str:
     """SM clock, power and temperature."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
+    which = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    command = ["nvidia-smi", "-i", which, "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

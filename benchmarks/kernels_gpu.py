@@ -109,7 +109,7 @@ def linear(views: int, out: Path) -> None:
             flop,
         )
         target = torch.empty(m, n, device="cuda", dtype=eight)
-        for tile in (LinearTile(128, 128, 128, 4, 3, True), LinearTile(128, 256, 128, 8, 3, True, 132)):
+        for tile in (launch.FUSED, LinearTile(128, 256, 128, 8, 3, 132)):
             call = partial(launch.linear, a8, w8, b, target, tile, gelu=True, scale=1 / 64)
             note(
                 out,
@@ -255,10 +255,7 @@ def rows(views: int, out: Path) -> None:
         few = torch.empty(views, n, device="cuda")
         exact = F.gelu(a.double() @ (v.double() * scale.double()[:, None]).T + c.double())
         call = partial(launch.few_rows, a, v, scale, c, None, few, True)
-        for split in (False, True):
-            launch.SPLIT_ROWS, name = split, f"few_rows {n}x{k}{', split' if split else ''}"
-            note(out, group, name, call, 0, 2 * n * k, lambda few=few, exact=exact: rel(few, exact))
-        launch.SPLIT_ROWS = False
+        note(out, group, f"few_rows {n}x{k}", call, 0, 2 * n * k, lambda few=few, exact=exact: rel(few, exact))
 
 
 GROUPS = {"linear": linear, "attention": attention, "streaming": streaming, "rows": rows}

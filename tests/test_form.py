@@ -288,8 +288,14 @@ def test_packages_for_cuda(of: Any, precision: str, rest: str, limit: float, tmp
         wanted = found.load().cpu()(*feeds.values())
         for _ in range(3):
             replayed, called = graph.infer(feeds), plain.infer(feeds)
+        own = graph.buffers()
+        assert plain.buffers() == {}
+        for name, buffer in own.items():
+            buffer.copy_(feeds[name])
+        placed = graph.infer(own)
         for name, full in zip(found.outputs, wanted, strict=True):
             assert rel(replayed[name].cpu(), full) < limit, name
+            assert torch.equal(placed[name], replayed[name]), name
             assert rel(replayed[name], called[name]) < 1e-2, name
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -221,6 +222,18 @@ def test_packages_of_other_machines_are_refused_before_their_code_runs(
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("its code was loaded"))
     with pytest.raises(ReconError, match=message):
         engine(allow_foreign=True).load(other)
+
+
+def test_a_compiler_that_links_its_runtime_statically_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "own.cpp"
+    source.write_text('#include <string>\nextern "C" int f(int n) { return std::to_string(n).size(); }\n')
+    for name, option in (("shared.so", "-shared-libgcc"), ("static.so", "-static-libstdc++")):
+        command = ["g++", "-shared", "-fPIC", option, "-o", str(tmp_path / name), str(source)]
+        subprocess.run(command, check=True, timeout=60)
+    aoti_compile.require_shared_runtime(tmp_path / "shared.so")
+    with pytest.raises(ReconError, match=r"g\+\+ links its runtime statically") as caught:
+        aoti_compile.require_shared_runtime(tmp_path / "static.so")
+    assert "CXX=/usr/bin/g++" in str(caught.value)
 
 
 def test_a_machine_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

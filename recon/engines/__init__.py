@@ -38,6 +38,11 @@ class Session(ABC):
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The engine's own call, on checked feeds."""
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Tensors of the engine's own, by input: filled by the caller and given to `infer`, they are read where they
+        lie instead of copied first. Empty where the engine has none."""
+        return {}
+
     def sibling(self) -> Session | None:
         """A further session over the same weights, to run in another thread at the same time; each is closed on its
         own. None where the engine has to be opened again for that."""

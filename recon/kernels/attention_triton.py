@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 HEAD = 64
 
@@ -52,6 +53,7 @@ def attention_kernel(
     STAGES: tl.constexpr,
 ):
     """One tile of queries of one head and one sequence. q, k, v are columns of [sequences, tokens, columns]."""
+    gdc_wait()
     row = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     sequence = tl.program_id(2)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -14,6 +15,7 @@ def enlarge_kernel(
     C: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """x [n,h,w,C] -> out [n,height,width,C], corners on corners, + bias [C] (+ across [width,C] + down [height,C])."""
+    gdc_wait()
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)

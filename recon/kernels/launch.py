@@ -33,7 +33,6 @@ class LinearTile:
     k: int
     warps: int
     stages: int
-    split: bool = False
     programs: int = 0
     group: int = 8
 
@@ -53,18 +52,26 @@ class AttentionTile:
     eager: bool = False
 
 
+FUSED = LinearTile(128, 128, 128, 4, 3, programs=264)
+LONG, SHORT, SCORES = AttentionTile(n=64, stages=4), AttentionTile(), AttentionTile(eager=True)
+"""Tiles for thousands of keys with bounded scores, for all other 16-bit attention, and for E4M3 scores."""
+EARLY = {"launch_pdl": True}
+"""The kernel may be launched while the one before it still runs: it waits for it by itself (`gdc_wait`)."""
+
+
 def linear(
     a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, tile: LinearTile, *, gelu: bool = False, scale: float = 1.0,
     out_scale: float = 1.0,
 ) -> None:  # fmt: skip
     """See `linear_triton.linear_kernel`. a [M,K], weight [N,K], bias [N] FP32 -> out [M,N] in its own dtype."""
     (m, k), n = a.shape, weight.shape[0]
+    pairs = gelu and out.dtype == torch.float8_e4m3fn and 1e-4 < out_scale < 3e4  # FP16 has to hold the factor
     grid = (tile.programs or triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     linear_triton.linear_kernel[grid](
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
-        TensorDescriptor.from_tensor(out, [tile.m, tile.n // 2 if tile.split else tile.n]),
-        bias, m, n, k, scale, out_scale, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, GELU=gelu,
-        SPLIT=tile.split, PROGRAMS=tile.programs, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        TensorDescriptor.from_tensor(out, [tile.m, tile.n]), bias, m, n, k, scale, out_scale, BLOCK_M=tile.m,
+        BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, GELU=gelu, PROGRAMS=tile.programs, STAGES=tile.stages,
+        PAIRS=pairs, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -81,7 +88,7 @@ def attention(
     attention_triton.attention_kernel[(triton.cdiv(tokens, m), heads, sequences)](
         described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale, score_scale,
         BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, SCALED=score_scale != 1, STAGES=stages, num_warps=warps,
-        num_stages=stages,
+        num_stages=stages, **EARLY,
     )  # fmt: skip
 
 
@@ -108,9 +115,9 @@ def specialised_attention(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0) -> None:
     """x [rows, width] (rows may be strided) -> out [rows, width] in its own dtype."""
     rows, width = x.shape
-    pointwise_triton.layer_norm_kernel[(triton.cdiv(rows, 4),)](
-        x, weight, bias, out, rows, out_scale, eps, x.stride(0), WIDTH=width, PADDED=triton.next_power_of_2(width),
-        ROWS=4, num_warps=4,
+    pointwise_triton.layer_norm_kernel[(rows,)](
+        x, weight, bias, out, out_scale, eps, x.stride(0), WIDTH=width, PADDED=triton.next_power_of_2(width),
+        num_warps=1, **EARLY,
     )  # fmt: skip
 
 
@@ -120,9 +127,9 @@ def add_layer_norm(
 ) -> None:  # fmt: skip
     """x [rows, width] FP32 += change (* gain [width]) in place; out = LayerNorm(x) in its own dtype."""
     rows, width = x.shape
-    pointwise_triton.add_layer_norm_kernel[(triton.cdiv(rows, 4),)](
-        x, change, gain if gain is not None else bias, weight, bias, out, rows, out_scale, eps, WIDTH=width,
-        PADDED=triton.next_power_of_2(width), ROWS=4, GAIN=gain is not None, num_warps=4,
+    pointwise_triton.add_layer_norm_kernel[(rows,)](
+        x, change, gain if gain is not None else bias, weight, bias, out, out_scale, eps, WIDTH=width,
+        PADDED=triton.next_power_of_2(width), GAIN=gain is not None, num_warps=1, **EARLY,
     )  # fmt: skip
 
 
@@ -147,6 +154,7 @@ def qk_norm_rotate(
         HEADS=heads,
         ROWS=together,
         num_warps=4,
+        **EARLY,
     )
 
 
@@ -157,14 +165,16 @@ def joined_layer_norm(
     tokens, width = left.shape[1:]
     pointwise_triton.joined_layer_norm_kernel[(out.shape[0] * out.shape[1],)](
         left, right, weight, bias, out, out.shape[0] * out.shape[1], tokens, skipped, eps, WIDTH=width,
-        PADDED=triton.next_power_of_2(width), num_warps=4,
+        PADDED=triton.next_power_of_2(width), num_warps=4, **EARLY,
     )  # fmt: skip
 
 
 def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
     """GELU of x into out, same shape, cast or quantised."""
     count = x.numel()
-    pointwise_triton.gelu_kernel[(triton.cdiv(count, 4096),)](x, out, count, out_scale, BLOCK=4096, num_warps=8)
+    pointwise_triton.gelu_kernel[(triton.cdiv(count, 4096),)](
+        x, out, count, out_scale, BLOCK=4096, num_warps=8, **EARLY
+    )
 
 
 def attend(
@@ -172,17 +182,15 @@ def attend(
 ) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
     sequences, tokens = q.shape[:2]
-    many = triton.cdiv(tokens, LONG.rows * LONG.groups) * heads * sequences >= 128  # else too few for the card
-    if many or q.dtype != v.dtype:
-        specialised_attention(q, k, v, out, (0, 0, 0), heads, LONG, bounded, out_scale, score_scale)
+    tile = SCORES if q.dtype != v.dtype else LONG if bounded and tokens > 4096 else SHORT
+    many = triton.cdiv(tokens, tile.rows * tile.groups) * heads * sequences >= 128  # else too few for the card
+    if many or tile is SCORES:
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, bounded, out_scale, score_scale)
     else:
         attention(
             q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=3, out_scale=out_scale,
             score_scale=score_scale,
         )  # fmt: skip
-
-
-WIDE = LinearTile(128, 256, 128, 8, 3, split=True, programs=132)
 
 
 def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None, out: Tensor) -> None:
@@ -194,7 +202,7 @@ def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None,
     image_triton.enlarge_kernel[(triton.cdiv(width, columns), height, images)](
         x, bias, across if across is not None else bias, down if down is not None else bias, out, h, w, height, width,
         (h - 1) / max(height - 1, 1), (w - 1) / max(width - 1, 1), C=channels, PADDED=padded, COLUMNS=columns,
-        PLACED=across is not None, num_warps=4,
+        PLACED=across is not None, num_warps=4, **EARLY,
     )  # fmt: skip
 
 
@@ -203,27 +211,23 @@ def few_rows(
 ) -> None:
     """a [rows <= 8, K] FP32 x (weight [N,K] FP16 * scale [N])^T; N % 16 == 0, K % 64 == 0."""
     (rows, k), n = a.shape, weight.shape[0]
-    if SPLIT_ROWS and rows > 1:
+    given = a, weight, scale, bias, addend if addend is not None else bias, out, n
+    common = {"K": k, "ROWS": rows, "GELU": gelu, "ADD": addend is not None} | EARLY
+    if rows > 1 and n > k:
         small_triton.split_rows_kernel[(n // 16,)](
-            a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, BLOCK_N=16,
-            BLOCK_K=min(k & -k, 256), GELU=gelu, ADD=addend is not None, STAGES=5, num_warps=4, num_stages=5,
-        )  # fmt: skip
+            *given, BLOCK_N=16, BLOCK_K=min(k & -k, 256), STAGES=5, num_warps=4, num_stages=5, **common
+        )
         return
-    padded = triton.next_power_of_2(rows)
-    block_k, warps = (1024, 4) if padded == 1 else (512, 8)
+    block_k, warps = (1024, 4) if rows == 1 else (512, 8)
     small_triton.few_rows_kernel[(n // 4,)](
-        a, weight, scale, bias, addend if addend is not None else bias, out, n, K=k, ROWS=rows, PADDED=padded,
-        BLOCK_N=4, BLOCK_K=min(k & -k, block_k), GELU=gelu, ADD=addend is not None, num_warps=warps,
-    )  # fmt: skip
+        *given, PADDED=triton.next_power_of_2(rows), BLOCK_N=4, BLOCK_K=min(k & -k, block_k), num_warps=warps, **common
+    )
 
 
 def few_tokens_attention(qkv: Tensor, out: Tensor, heads: int) -> None:
     """qkv [rows <= 8, 3*C] FP32 with scaled queries -> out [rows, C]."""
     rows, width = out.shape
     small_triton.few_tokens_attention_kernel[(heads,)](
-        qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4
-    )
-
-
-LONG = AttentionTile(n=64, stages=4)
-SPLIT_ROWS = False  # 2 to 8 rows on the tensor cores: not measured yet
+        qkv, out, ROWS=rows, PADDED=triton.next_power_of_2(rows), HEADS=heads, WIDTH=width // heads, num_warps=4,
+        **EARLY,
+    )  # fmt: skip

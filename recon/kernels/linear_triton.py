@@ -10,19 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from recon.kernels.pointwise_triton import _low, gelu
+from recon.kernels.pointwise_triton import _low, gelu, gelu_to_e4m3
 
 
 @triton.jit
 def linear_kernel(
     a_desc, w_desc, out_desc, bias, M, N, K, scale, out_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, GELU: tl.constexpr,
-    SPLIT: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """a [M,K] x w [N,K]^T * scale + bias -> out [M,N].
 
-    Stored times out_scale; with GELU, its GELU. PROGRAMS > 0: that many programs walk over all tiles. SPLIT: a tile is
-    stored in two halves, which halves the shared memory of the store.
+    Stored times out_scale; with GELU, its GELU, and with PAIRS that in FP16, two at a time, for an E4M3 output.
+    PROGRAMS > 0: that many programs walk over all tiles; two on a multiprocessor hide each other's endings.
     """
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = down * across
@@ -35,18 +35,9 @@ def linear_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             acc = tl.dot(a_desc.load([row, k]), w_desc.load([column, k]).T, acc)
-        if SPLIT:
-            halves = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
-            left, right = tl.split(halves)
-            _finish(left, out_desc, bias, row, column, scale, out_scale, GELU)
-            _finish(right, out_desc, bias, row, column + BLOCK_N // 2, scale, out_scale, GELU)
+        value = acc * scale + tl.load(bias + column + tl.arange(0, BLOCK_N))[None, :]
+        if PAIRS:
+            low = gelu_to_e4m3(value, out_scale)
         else:
-            _finish(acc, out_desc, bias, row, column, scale, out_scale, GELU)
-
-
-@triton.jit
-def _finish(acc, out_desc, bias, row, column, scale, out_scale, GELU: tl.constexpr):
-    value = acc * scale + tl.load(bias + column + tl.arange(0, acc.shape[1]))[None, :]
-    if GELU:
-        value = gelu(value)
-    out_desc.store([row, column], _low(value * out_scale, out_desc.dtype))
+            low = _low((gelu(value) if GELU else value) * out_scale, out_desc.dtype)
+        out_desc.store([row, column], low)

@@ -105,7 +105,7 @@ def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: to
         return reference.gelu(product + bias, dtype, out_scale)
     out = a.new_empty(a.shape[0], weight.shape[0], dtype=dtype)
     launch = _launch()
-    launch.linear(a, weight, bias, out, launch.WIDE, gelu=True, scale=scale, out_scale=out_scale)
+    launch.linear(a, weight, bias, out, launch.FUSED, gelu=True, scale=scale, out_scale=out_scale)
     return out
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -17,6 +18,7 @@ def few_rows_kernel(
 
     Two TF32 products on the tensor cores instead, though exact on paper, were slower and 70 times less accurate.
     """
+    gdc_wait()
     row = tl.arange(0, PADDED)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([PADDED, BLOCK_N, BLOCK_K], tl.float32)
@@ -45,6 +47,7 @@ def split_rows_kernel(
     Rows 0 to 7 of its left operand are a / 64 rounded to FP16, rows 8 to 15 what that leaves, times 2^11: together 22
     bits of a, up to 4 million, and the weight goes from memory to the tensor core unconverted.
     """
+    gdc_wait()
     row = tl.arange(0, 16)
     real, rest = row % 8, (row >= 8)[:, None]
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,6 +76,7 @@ def few_tokens_attention_kernel(
     qkv, out, ROWS: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """One head of attention over ROWS tokens. qkv [ROWS, 3*HEADS*WIDTH], queries scaled; out [ROWS, HEADS*WIDTH]."""
+    gdc_wait()
     row, channel = tl.arange(0, PADDED), tl.arange(0, WIDTH)
     place = row[:, None] * (3 * HEADS * WIDTH) + tl.program_id(0) * WIDTH + channel[None, :]
     inside = (row < ROWS)[:, None]

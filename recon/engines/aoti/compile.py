@@ -137,7 +137,27 @@ def _compiled(
         files = torch._inductor.aot_compile(program.module(), arguments, options=options)
     assert isinstance(files, list)
     identity.products = recorder.products
-    return [str(file) for file in files]
+    named = [str(file) for file in files]
+    for file in named:
+        require_shared_runtime(Path(file))
+    return named
+
+
+def require_shared_runtime(library: Path) -> None:
+    """Raise ReconError where the compiler has put its own C++ runtime into a library.
+
+    Two runtimes in one process do not share their locales: PyTorch's loader, which runs a regular expression in the
+    library, then ends the process with a segmentation fault.
+    """
+    if library.suffix == ".so" and not any(name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so")):
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        compiler = get_cpp_compiler()
+        raise ReconError(
+            f"engine=inductor: the C++ compiler {compiler} links its runtime statically, and PyTorch would crash when "
+            "it loads the package",
+            "name one that does not, CXX=/usr/bin/g++ for instance",
+        )
 
 
 def _packaged(files: list[Any], out: Path, identity: Identity) -> None:

@@ -54,6 +54,19 @@ class InductorSession(Session):
             self._first_run_mib = max(0.0, self._held_mib() - before)
         return dict(zip(self.outputs, outputs, strict=True))
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What the CUDA graph reads, zeros at first. Empty without a graph."""
+        if not self._graphs:
+            return {}
+        if self._captured is None:
+            zeros = {
+                name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
+                for name, spec in self.inputs.items()
+            }
+            self._run(zeros)
+        assert self._captured is not None
+        return dict(zip(self.inputs, self._captured[1], strict=True))
+
     def memory_mib(self) -> float:
         """Weights as loaded, plus by how much the first inference made the process (on CUDA: the device) grow."""
         return self._loaded_mib + (self._first_run_mib or 0.0)
@@ -71,7 +84,8 @@ class InductorSession(Session):
             self._captured = self._capture(tensors)
         graph, inputs, outputs = self._captured
         for buffer, tensor in zip(inputs, tensors, strict=True):
-            buffer.copy_(tensor)
+            if tensor.data_ptr() != buffer.data_ptr():
+                buffer.copy_(tensor)
         graph.replay()
         return [output.clone() for output in outputs]  # the next replay writes into the same memory
 
