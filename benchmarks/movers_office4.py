@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,11 +30,12 @@ from scipy.spatial import cKDTree
 from recon.config import option
 from recon.depth import Depth
 from recon.engines import Session
-from recon.geometry.cameras import invert, project, scale_intrinsics, transform, unproject
+from recon.geometry.cameras import invert, pixel_rays, project, scale_intrinsics, transform, unproject
 from recon.geometry.views import Array, Bootstrap, DepthImage, DepthType, PosedDepth, Scale, View
 from recon.live import DepthAnythingPool
 from recon.live.align import Align
 from recon.live.stream import FrameResult, Streamer
+from recon.mapview import map_image, viewpoint
 from recon.sources import Source
 from recon.sources.videos import Videos
 
@@ -42,6 +45,7 @@ ROOM = 0.25  # a pixel that changes in fewer frames shows the room by its median
 NEVER = 0.05  # of the frames: the bootstrap map has only pixels that change less
 SQUARE, SQUARES = 0.054, (4, 5)  # the board: metres, columns and rows
 THROUGH = 0.1  # metres: a line of sight that goes on so far behind a point shows that nothing is there
+OFTEN = 0.2  # of the frames: a place whose depth is measured so often should be in the map
 NEAR = 0.03  # metres from the board's plane: on the board
 
 Mask = NDArray[np.bool_]
@@ -111,12 +115,12 @@ class Judges:
     board: dict[str, Mask]
 
 
-def recorded(folder: Path, sweep: Sweep, batches: int = 0) -> Batches:
-    """All moments with depth, at the sweep's resolution."""
+def recorded(folder: Path, sweep: Sweep, part: tuple[int, int] | None = None) -> Batches:
+    """The moments with depth, at the sweep's resolution. part: from and to which, if not all."""
     rig, times = (str(folder / name) for name in ("camera_array.toml", "timestamps.csv"))
     source = Videos(name="videos", path=str(folder), rig=rig, timestamps=times, views=list(PAIRS))
     found = []
-    for views in [source.bootstrap(), *source.batches()][: batches or None]:
+    for views in islice(chain([source.bootstrap()], source.batches()), *(part or (None,))):
         depth = depths(views, sweep, PAIRS)
         found.append([_at(view, depth[view.camera]) for view in views])
     return found
@@ -188,8 +192,8 @@ def room(batches: Batches, judged: Judges) -> Bootstrap:
         depth = np.stack([view.depth for view in views]).astype(np.float64)
         depth[depth == 0] = np.nan
         quiet = judged.changed[first.camera].mean(axis=0) <= NEVER
-        with np.testing.suppress_warnings() as quietly:
-            quietly.filter(RuntimeWarning)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a place without any depth has no median
             middle = np.nanmedian(depth, axis=0)
             spread = np.nanmedian(np.abs(depth - middle), axis=0) / middle
         often = np.isfinite(depth).mean(axis=0) > 0.3
@@ -219,32 +223,69 @@ def streamed(fusion: str, batches: Batches, bootstrap: Bootstrap, frames: int) -
 
 
 def pixels(live: Watched, results: list[FrameResult], judged: Judges) -> dict[str, float | int]:
-    """Of pixels with depth in accepted frames: how many are fused, by what they show."""
+    """Of pixels with depth: the share that is fused, by what they show; of steady static ones, that ever is."""
     counts = {name: [0, 0] for name in ("moving", "board", "static")}
-    accepted = [result for result in results if result.depth is not None]
-    steps = {frame: step for step, frame in enumerate(sorted({r.view.frame for r in results}), 1)}
-    for result in accepted:
-        camera, step = result.view.camera, steps[result.view.frame]
-        fused = live.fused[camera, step] > 0
+    ever = {camera: np.zeros((2, *mask.shape), int) for camera, mask in judged.static.items()}
+    for result, step in _by_step(results):
+        camera, measured = result.view.camera, result.view.depth > 0
+        fused = live.fused.get((camera, step + 1), np.zeros(measured.shape)) > 0
         kinds = {
-            "moving": judged.changed[camera][step - 1] & judged.room[camera],
-            "board": judged.board[camera][step - 1],
+            "moving": judged.changed[camera][step] & judged.room[camera],
+            "board": judged.board[camera][step],
             "static": judged.static[camera],
         }
         for name, kind in kinds.items():
-            counts[name][0] += int(np.sum(kind & (result.depth > 0)))
+            counts[name][0] += int(np.sum(kind & measured))
             counts[name][1] += int(np.sum(kind & fused))
-    shares = {f"{name}_fused": fused / max(there, 1) for name, (there, fused) in counts.items()}
-    there = {f"{name}_pixels": count for name, (count, _) in counts.items()}
-    return {"frames": len(results), "frames_accepted": len(accepted), **there, **shares}
+        ever[camera] += [measured, fused]
+    often = {
+        camera: judged.static[camera] & (seen[0] >= OFTEN * len(judged.board[camera])) for camera, seen in ever.items()
+    }
+    once = [(seen[1] > 0)[often[camera]] for camera, seen in ever.items()]
+    return {
+        "frames": len(results),
+        "frames_accepted": sum(result.align.accepted for result in results),
+        **{f"{name}_pixels": there for name, (there, _) in counts.items()},
+        **{f"{name}_fused": round(fused / max(there, 1), 4) for name, (there, fused) in counts.items()},
+        "static_places_in_the_map": round(float(np.concatenate(once).mean()), 4),
+    }
+
+
+def _by_step(results: list[FrameResult]) -> Iterator[tuple[FrameResult, int]]:
+    steps = {frame: step for step, frame in enumerate(sorted({result.view.frame for result in results}))}
+    for result in results:
+        yield result, steps[result.view.frame]
+
+
+def board_depth(batches: Batches, outlines: dict[int, Array]) -> dict[str, dict[str, float | int]]:
+    """The made depth against the board's plane, by camera: relative errors."""
+    found: dict[str, list[Array]] = {}
+    for step, views in enumerate(batches):
+        for view in views if step in outlines else []:
+            corner, across, _, along = outlines[step]
+            normal = np.cross(across - corner, along - corner)
+            rays = pixel_rays(view.K, *view.size) @ view.T_world_cam[:3, :3].T
+            z = normal @ (corner - view.T_world_cam[:3, 3]) / (rays @ normal)
+            on = _inside(view, outlines[step])
+            error = np.where(view.depth > 0, view.depth / z - 1, np.nan)[on]
+            found.setdefault(view.camera, []).append(error)
+    whole = {camera: np.abs(np.concatenate(errors)) for camera, errors in found.items()}
+    return {
+        camera: {
+            "pixels": len(errors),
+            "measured": round(float(np.isfinite(errors).mean()), 4),
+            "median_pct": round(100 * float(np.nanmedian(errors)), 3),
+            "within_5pct": round(float(np.mean(errors[np.isfinite(errors)] < 0.05)), 4),
+        }
+        for camera, errors in whole.items()
+    }
 
 
 def left(live: Watched, batches: Batches, outlines: dict[int, Array], bootstrap: Bootstrap) -> dict[str, int]:
-    """Points of the map where nothing is at the end, and where the board has been."""
+    """Points of the map off the room as the bootstrap knew it, those where nothing is at the end, and of these those
+    where the board has been."""
     points = np.asarray(live.points().points, np.float64)
-    surface = np.concatenate(
-        [transform(v.T_world_cam, unproject(v.depth, v.K)[v.depth > 0]) for v in bootstrap.views]
-    )
+    surface = np.concatenate([transform(v.T_world_cam, unproject(v.depth, v.K)[v.depth > 0]) for v in bootstrap.views])
     new = points[cKDTree(surface).query(points)[0] > THROUGH]
     through = np.zeros(len(new), bool)
     for view in batches[-1]:
@@ -253,13 +294,12 @@ def left(live: Watched, batches: Batches, outlines: dict[int, Array], bootstrap:
         inside = (z > 0) & (column >= 0) & (row >= 0) & (column < view.size[0]) & (row < view.size[1])
         beyond = view.depth[row.clip(0, view.size[1] - 1), column.clip(0, view.size[0] - 1)]
         through |= inside & (beyond > z + THROUGH)
-    last = max(frame for frame in outlines if frame < len(batches))
-    was = np.any([_on(new, outline) for frame, outline in outlines.items() if frame < last], axis=0)
+    was = np.any([_on(new, outline) for step, outline in outlines.items() if step < len(batches) - 1], axis=0)
     return {
         "points": len(points),
         "points_off_the_room": len(new),
         "points_seen_through_at_the_end": int(through.sum()),
-        "points_where_the_board_was": int(np.sum(was & through)),
+        "of_these_where_the_board_was": int(np.sum(was & through)),
     }
 
 
@@ -270,3 +310,48 @@ def _on(points: Array, outline: Array) -> Mask:
     from_corner = points - outline[0]
     u, v = from_corner @ across / (across @ across), from_corner @ along / (along @ along)
     return (np.abs(from_corner @ normal) < NEAR) & (u > 0) & (u < 1) & (v > 0) & (v < 1)
+
+
+def pictures(folder: Path, name: str, live: Watched, batches: Batches, bootstrap: Bootstrap) -> None:
+    """The map and the depth at the end, for looking at; they show the person, so they stay on the machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pose = viewpoint(np.asarray(live.points().points, np.float64), bootstrap)
+    cv2.imwrite(str(folder / f"{name}.png"), map_image(live.inner, pose, 760, 500)[..., ::-1])
+    for view in batches[-1]:
+        inverse = np.clip((1 / np.maximum(view.depth, 0.01) - 0.15) / 2, 0, 1)
+        colours = cv2.applyColorMap((255 * inverse).astype(np.uint8), cv2.COLORMAP_TURBO)
+        colours[view.depth == 0] = 0
+        cv2.imwrite(str(folder / f"{view.camera}.png"), np.hstack([view.image[..., ::-1], colours]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of office4")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "movers_office4_cpu.json")
+    parser.add_argument("--pictures", type=Path, help="where pictures go; the person can be told from them")
+    given = parser.parse_args()
+    batches, outlines = recorded(given.data, Sweep()), boards(given.data)
+    judged = judges(batches, outlines)
+    bootstrap = room(batches, judged)
+    measured = {
+        view.camera: round(float(np.mean([views[i].depth > 0 for views in batches])), 4)
+        for i, view in enumerate(bootstrap.views)
+    }
+    known = {view.camera: round(float(np.mean(view.depth > 0)), 4) for view in bootstrap.views}
+    depth = {"measured": measured, "in_the_bootstrap": known, "on_the_board": board_depth(batches, outlines)}
+    print(depth)
+    figures = {}
+    for fusion in ("surfel", "tsdf"):
+        for frames in (0, 5, 15):
+            live, results = streamed(fusion, batches, bootstrap, frames)
+            name = f"{fusion}_moving_frames_{frames}"
+            figures[name] = pixels(live, results, judged) | left(live, batches, outlines, bootstrap)
+            print(name, figures[name])
+            if given.pictures:
+                pictures(given.pictures, name, live, batches, bootstrap)
+    settings = {"sweep": asdict(Sweep()), "changed": CHANGED, "room": ROOM, "never": NEVER, "through_m": THROUGH}
+    given.out.write_text(json.dumps({"settings": settings, "depth": depth, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
