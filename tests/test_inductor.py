@@ -22,6 +22,7 @@ from recon.engines.aoti import compile as aoti_compile
 from recon.engines.aoti.inspection import kernel_of
 from recon.engines.aoti.package import Identity, read
 from recon.engines.aoti.record import Recorder
+from recon.engines.aoti.session import own
 from recon.engines.inductor import Inductor
 from recon.engines.torch import Torch
 from recon.errors import Damaged, ReconError
@@ -222,6 +223,13 @@ def test_packages_of_other_machines_are_refused_before_their_code_runs(
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("its code was loaded"))
     with pytest.raises(ReconError, match=message):
         engine(allow_foreign=True).load(other)
+
+
+def test_buffers_that_are_made_in_inference_mode_can_be_filled_outside_it() -> None:
+    with torch.inference_mode():
+        made = own(torch.ones(3, 2).t(), "cpu")
+    assert made.is_contiguous()
+    assert torch.equal(made.mul_(2), torch.full((2, 3), 2.0))
 
 
 def test_a_compiler_that_links_its_runtime_statically_is_named(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class InductorSession(Session):
         return [output.clone() for output in outputs]  # the next replay writes into the same memory
 
     def _capture(self, tensors: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
-        inputs = [tensor.to(self.device, copy=True).contiguous() for tensor in tensors]
+        inputs = [own(tensor, self.device) for tensor in tensors]
         stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -108,6 +108,13 @@ class InductorSession(Session):
             return rss_mib()
         free, total = torch.cuda.mem_get_info(self.device)
         return float(total - free) / MIB
+
+
+def own(tensor: Tensor, device: str) -> Tensor:
+    """A contiguous copy on a device that anyone may write to: no tensor of inference mode, in which it is made."""
+    with torch.inference_mode(False):
+        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return made.copy_(tensor)
 
 
 def _opened(path: Path, device: str, cuda_graph: bool) -> Any:
