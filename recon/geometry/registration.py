@@ -57,18 +57,10 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
     centres = rms_distance(similarity.apply(T_world_cam[:, :3, 3]), target[:, :3, 3]) / size
     degrees = rotation_residual_deg(T_world_cam[:, :3, :3], target[:, :3, :3])
     notes |= {"pose_centre_residual_share": centres, "pose_rotation_residual_deg": degrees}
-    trusted = all(view.pose_trusted for view in views)
-    if trusted and (centres > MAX_CENTRE_RESIDUAL or degrees > MAX_ROTATION_RESIDUAL_DEG):
+    doubtful = centres > MAX_CENTRE_RESIDUAL or degrees > MAX_ROTATION_RESIDUAL_DEG
+    if doubtful and all(view.pose_trusted for view in views):
         scale = spread(target[:, :3, 3]) / spread(T_world_cam[:, :3, 3])
-        doubt = (
-            f"the network's cameras miss the calibrated rig by {centres:.0%} of its extent and {degrees:.0f} degrees"
-        )
-        log.warning(
-            "%s: the given poses are used, but the scale of the depth is uncertain. Either the rig is not that of "
-            "these images, or the network is too weak for them: those that come with recon know rendered rooms only",
-            doubt,
-        )
-        return _accepted(views, placements, K, target, scale, notes | {"pose_confidence": f"low: {doubt}"})
+        return _accepted(views, placements, K, target, scale, notes | _doubted(centres, degrees))
     if centres > MAX_CENTRE_RESIDUAL:
         limit = f"{MAX_CENTRE_RESIDUAL:.0%}"
         return _rejected(
@@ -78,6 +70,17 @@ def register(views: list[View], placements: list[Placement], T_world_cam: Array,
         limit = f"{MAX_ROTATION_RESIDUAL_DEG:g} degrees"
         return _rejected(K, T_world_cam, notes, f"predicted rotations miss by {degrees:.1f} degrees, over {limit}")
     return _accepted(views, placements, K, target, similarity.scale, notes)
+
+
+def _doubted(centres: float, degrees: float) -> dict[str, float | str]:
+    """Note, and warn, that a calibrated rig is trusted against the network."""
+    doubt = f"the network's cameras miss the calibrated rig by {centres:.0%} of its extent and {degrees:.0f} degrees"
+    log.warning(
+        "%s: the given poses are used, but the scale of the depth is uncertain. Either the rig is not that of these "
+        "images, or the network is too weak for them: those that come with recon know rendered rooms only",
+        doubt,
+    )
+    return {"pose_confidence": f"low: {doubt}"}
 
 
 def _accepted(
