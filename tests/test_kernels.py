@@ -382,6 +382,25 @@ def test_eager_attention_on_the_gpu(bounded, low) -> None:
 
 
 @cuda
+@pytest.mark.parametrize("score_scale", [1.0, 0.7])
+def test_rows_that_the_checked_form_cannot_hold_are_done_again_on_the_gpu(score_scale, monkeypatch) -> None:
+    from recon.kernels import launch
+
+    monkeypatch.setattr(launch, "CHECKED", True)
+    qkv = draw(8, 1374, 3, 16, 64, device="cuda")
+    qkv[2, 100:900:7, 0] *= 40  # scores of hundreds, as powers of two
+    qkv[5, :, 1, 3] += 60 * qkv[5, :1, 1, 3]  # all scores of a row far from zero, on either side
+    q, k, v = qkv.reshape(8, 1374, -1).bfloat16().chunk(3, -1)
+    found = ops.attention(q, k, v, 16, torch.bfloat16, bounded=False, score_scale=score_scale)
+    assert rel(found, reference.attention(q, k, v, 16, torch.float32, 1.0, score_scale)) < 5e-3
+    marks = torch.full((8, 16, 1374), 7, dtype=torch.uint8, device="cuda")
+    launch.specialised_attention(q, k, v, found, (0, 0, 0), 16, launch.SHORT, False, 1.0, score_scale, marks)
+    assert marks[2, :, 100:900:7].sum() > 0
+    assert marks[5, 3].sum() > 0
+    assert marks[[0, 1, 3, 4, 6, 7]].sum() == 0
+
+
+@cuda
 def test_gelu_and_fused_product_on_the_gpu() -> None:
     x = 4 * draw(100, 384, device="cuda").bfloat16()
     assert rel(ops.gelu(x, torch.bfloat16, 2.0), reference.gelu(x, torch.float32, 2.0)) < 4e-3

@@ -5,6 +5,8 @@
 One warp feeds keys and values through the copy engine; each consumer warpgroup owns a tile of queries and overlaps the
 scores of the next keys with the product of the current weights and values, as FlashAttention-3 does (Shah et al. 2024).
 Unlike it, nothing is rescaled: see `attention_triton` for why a bound on the scores makes the running maximum needless.
+Where there is none (CHECKED), BF16 weights still hold any score between -64 and 64: all rows are computed as if there
+were one, and those whose sum of weights lies outside 2^-64 to 2^64 are marked for the form with a running maximum.
 Queries and keys may be E4M3 beside 16-bit values: both operands of the scores lie in shared memory, so those products
 are as asynchronous as before and take half the time; weights times values stay 16 bit.
 """
@@ -43,7 +45,7 @@ def _weights(s, top, score_scale, BOUNDED: gl.constexpr, SCALED: gl.constexpr):
     Bounded: sums over what one thread holds of each row; there is no maximum, and the factor is not used.
     """
     if BOUNDED:
-        p = _exp2(s)
+        p = _exp2(s * score_scale if SCALED else s)
         quads = p.reshape([s.shape[0], s.shape[1] // 8, 4, 2])
         return p, top, top, gl.sum(gl.sum(quads, 3), 1)
     else:
@@ -57,9 +59,9 @@ def _weights(s, top, score_scale, BOUNDED: gl.constexpr, SCALED: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, start, tokens, BOUNDED: gl.constexpr, layout: gl.constexpr):
-    """Without a bound, keys past the end must not count; with one they weigh exactly 1 and are subtracted later."""
-    if not BOUNDED:  # noqa: SIM102 - decided when compiled, the inner one when run
+def _masked(s, start, tokens, EXACT: gl.constexpr, layout: gl.constexpr):
+    """Keys past the end must not count; with a bound (EXACT) they weigh exactly 1 and are subtracted later."""
+    if not EXACT:  # noqa: SIM102 - decided when compiled, the inner one when run
         if start + s.shape[1] > tokens:
             column = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
             s = gl.where(gl.expand_dims(column < tokens, 0), s, -float("inf"))
@@ -68,14 +70,14 @@ def _masked(s, start, tokens, BOUNDED: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
-    column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BOUNDED: gl.constexpr, SCALED: gl.constexpr, EAGER: gl.constexpr,
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks, tokens,
+    row, column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr, SCALED: gl.constexpr, EAGER: gl.constexpr, CHECKED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     if row + index * ROWS < tokens:
         _attend(
-            index, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row, column,
-            sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+            index, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks, tokens, row,
+            column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER, CHECKED, HEADS,
         )  # fmt: skip
     else:  # nothing to do for this group: it only hands the buffers back
         for j in range(gl.cdiv(tokens, BLOCK_N)):
@@ -88,11 +90,12 @@ def _consume(
 
 @gluon.jit
 def _attend(
-    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens, row,
-    column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BOUNDED: gl.constexpr, SCALED: gl.constexpr, EAGER: gl.constexpr,
+    index: gl.constexpr, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks, tokens,
+    row, column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BOUNDED: gl.constexpr, SCALED: gl.constexpr, EAGER: gl.constexpr, CHECKED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = v_smem.dtype
+    EXACT: gl.constexpr = BOUNDED and not CHECKED
     score_layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [4, 1], [16, BLOCK_N, 256 // k_smem.dtype.primitive_bitwidth]
     )
@@ -109,7 +112,7 @@ def _attend(
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0), count=1)
-    weights, fade, top, sums = _weights(_masked(s, 0, tokens, BOUNDED, score_layout), top, score_scale, BOUNDED, SCALED)
+    weights, fade, top, sums = _weights(_masked(s, 0, tokens, EXACT, score_layout), top, score_scale, BOUNDED, SCALED)
     p = gl.convert_layout(weights.to(dtype), p_layout)
     acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
     for j in range(1, steps):
@@ -122,7 +125,7 @@ def _attend(
         product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_free.index(slot), count=1)
-        s = _masked(s, j * BLOCK_N, tokens, BOUNDED, score_layout)
+        s = _masked(s, j * BLOCK_N, tokens, EXACT, score_layout)
         weights, fade, top, more = _weights(s, top, score_scale, BOUNDED, SCALED)
         if EAGER:  # left alone, the assembler waits first and forms two thirds of the weights after it
             more = _known(more)
@@ -140,10 +143,13 @@ def _attend(
     product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=[product, p])
 
-    if BOUNDED:
-        total = gl.convert_layout(gl.sum(sums, 1), gl.SliceLayout(1, out_layout)) - (steps * BLOCK_N - tokens)
-    else:
-        total = gl.convert_layout(sums, gl.SliceLayout(1, out_layout))
+    total = gl.convert_layout(gl.sum(sums, 1) if BOUNDED else sums, gl.SliceLayout(1, out_layout))
+    if EXACT:
+        total -= steps * BLOCK_N - tokens
+    if CHECKED:
+        place = row + index * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
+        held = (total > 5.42e-20) & (total < 1.85e19)  # 2^-64, 2^64; false for NaN
+        gl.store(marks + (sequence * HEADS + column // 64) * tokens + place, (~held).to(gl.uint8), place < tokens)
     acc = acc * gl.expand_dims(out_scale / total, 1)
     tile = o_smem.index(index)
     tile.reshape([ROWS, 64]).store(acc.to(o_smem.dtype))
@@ -178,11 +184,14 @@ def _produce(
 
 @gluon.jit
 def specialised_attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, score_scale, ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, BOUNDED: gl.constexpr,
-    SCALED: gl.constexpr, EAGER: gl.constexpr, HEADS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, marks, tokens, q_column, k_column, v_column, out_scale, score_scale,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    BOUNDED: gl.constexpr, SCALED: gl.constexpr, EAGER: gl.constexpr, CHECKED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """A tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3, and num_warps 4.
+
+    CHECKED goes with BOUNDED, BF16 values and marks [sequences, HEADS, tokens] uint8: 1 where a row has to be done
+    again.
 
     Programs of one head follow each other, for the cache; tiles that are not full come last of all, where they fill the
     multiprocessors that the last whole wave leaves idle.
@@ -214,16 +223,19 @@ def specialised_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                    EAGER, CHECKED, HEADS,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                    EAGER, CHECKED, HEADS,
                 )),
                 (_consume, (
-                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                    EAGER, CHECKED, HEADS,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
@@ -236,12 +248,14 @@ def specialised_attention_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                    EAGER, CHECKED, HEADS,
                 )),
                 (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, tokens,
-                    row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EAGER,
+                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                    EAGER, CHECKED, HEADS,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,

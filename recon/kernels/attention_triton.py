@@ -40,6 +40,7 @@ def attention_kernel(
     k_desc,
     v_desc,
     o_desc,
+    marks,
     tokens,
     q_column,
     k_column,
@@ -50,13 +51,22 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BOUNDED: tl.constexpr,
     SCALED: tl.constexpr,
+    MARKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of queries of one head and one sequence. q, k, v are columns of [sequences, tokens, columns]."""
+    """One tile of queries of one head and one sequence. q, k, v are columns of [sequences, tokens, columns].
+
+    MARKED: only tiles with a mark in marks [sequences, heads, tokens].
+    """
     gdc_wait()
     row = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1)
     sequence = tl.program_id(2)
+    if MARKED:
+        place = row + tl.arange(0, BLOCK_M)
+        first = (sequence * tl.num_programs(1) + head) * tokens
+        if tl.max(tl.load(marks + first + place, place < tokens, 0).to(tl.int32), 0) == 0:
+            return
     column = head * 64
     q = q_desc.load([sequence, row, q_column + column]).reshape(BLOCK_M, 64)
     acc = tl.zeros([BLOCK_M, 64], tl.float32)

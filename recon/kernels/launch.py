@@ -55,6 +55,8 @@ class AttentionTile:
 FUSED = LinearTile(128, 128, 128, 4, 3, programs=264)
 LONG, SHORT, SCORES = AttentionTile(n=64, stages=4), AttentionTile(), AttentionTile(eager=True)
 """Tiles for thousands of keys with bounded scores, for all other 16-bit attention, and for E4M3 scores."""
+CHECKED = False
+"""Attention without a bound first as if there were one, in BF16. Not measured yet, so off (benchmarks/log.md)."""
 EARLY = {"launch_pdl": True}
 """The kernel may be launched while the one before it still runs: it waits for it by itself (`gdc_wait`)."""
 
@@ -78,25 +80,33 @@ def linear(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, *, bounded: bool,
     m: int = 128, n: int = 64, warps: int = 4, stages: int = 3, out_scale: float = 1.0, score_scale: float = 1.0,
+    marks: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """q, k, v: [sequences, tokens, columns] views of the given first columns; out [sequences, tokens, heads * 64]."""
+    """q, k, v: [sequences, tokens, columns] views of the given first columns; out [sequences, tokens, heads * 64].
+
+    marks: [sequences, heads, tokens] uint8; tiles without one stay as they are.
+    """
     sequences, tokens = q.shape[:2]
 
     def described(x: Tensor, rows: int) -> Any:
         return TensorDescriptor.from_tensor(x, [1, rows, 64])
 
     attention_triton.attention_kernel[(triton.cdiv(tokens, m), heads, sequences)](
-        described(q, m), described(k, n), described(v, n), described(out, m), tokens, *columns, out_scale, score_scale,
-        BLOCK_M=m, BLOCK_N=n, BOUNDED=bounded, SCALED=score_scale != 1, STAGES=stages, num_warps=warps,
+        described(q, m), described(k, n), described(v, n), described(out, m),
+        marks if marks is not None else out, tokens, *columns, out_scale, score_scale, BLOCK_M=m, BLOCK_N=n,
+        BOUNDED=bounded, SCALED=score_scale != 1, MARKED=marks is not None, STAGES=stages, num_warps=warps,
         num_stages=stages, **EARLY,
     )  # fmt: skip
 
 
 def specialised_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
-    bounded: bool, out_scale: float = 1.0, score_scale: float = 1.0,
+    bounded: bool, out_scale: float = 1.0, score_scale: float = 1.0, marks: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `attention`, by `attention_gluon`; 16-bit operands, queries and keys E4M3 if they are."""
+    """As `attention`, by `attention_gluon`; 16-bit operands, queries and keys E4M3 if they are.
+
+    marks: filled with 1 for every row whose scores lie too far out for this form, and 0; see there.
+    """
     sequences, tokens = q.shape[:2]
 
     def described(x: Tensor, block: list[int]) -> Any:
@@ -106,9 +116,9 @@ def specialised_attention(
     attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups) * heads, sequences)](
         described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
-        tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages,
-        GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded, SCALED=score_scale != 1, EAGER=tile.eager,
-        HEADS=heads, num_warps=4,
+        marks if marks is not None else out, tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n,
+        STAGES=tile.stages, GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
+        SCALED=score_scale != 1, EAGER=tile.eager, CHECKED=marks is not None, HEADS=heads, num_warps=4,
     )  # fmt: skip
 
 
@@ -184,7 +194,13 @@ def attend(
     sequences, tokens = q.shape[:2]
     tile = SCORES if q.dtype != v.dtype else LONG if bounded and tokens > 4096 else SHORT
     many = triton.cdiv(tokens, tile.rows * tile.groups) * heads * sequences >= 128  # else too few for the card
-    if many or tile is SCORES:
+    if CHECKED and many and not bounded and q.dtype == torch.bfloat16:
+        marks = torch.empty(sequences, heads, tokens, dtype=torch.uint8, device=q.device)
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, False, out_scale, score_scale, marks)
+        attention(
+            q, k, v, out, (0, 0, 0), heads, bounded=False, out_scale=out_scale, score_scale=score_scale, marks=marks
+        )
+    elif many or tile is SCORES:
         specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, bounded, out_scale, score_scale)
     else:
         attention(
