@@ -2,7 +2,7 @@
 
     python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer peer-bf16
     python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base
-    python benchmarks/depth_gpu.py --out depth_8.json --modes fp8 bf16 fp16 peer --sizes base large --batches 8 --checked
+    python benchmarks/depth_gpu.py --out depth_8.json --modes fp8 bf16 peer --sizes base large --batches 8 --checked
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
 JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through
