@@ -165,7 +165,7 @@ def _identity(network: Network, config: Config, role: str) -> dict[str, Any]:
         "network": network.name,
         "weights": network.weights_key,
         "geometry": {name: list(spec.shape) for name, spec in network.inputs.items()},
-        "data": data_key(config.calibration, config.source, views if role == "model" else 1),
+        "data": data_key(config.calibration, config.source, views),
         "options": config.calibration.settings(),
     }
 

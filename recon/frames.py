@@ -77,8 +77,7 @@ def sample(config: Config, network: Network, role: str, count: int, skip: int = 
     """
     option: Model | Depth = config.model if role == "model" else config.depth
     spec = next(iter(network.inputs.values()))
-    views = spec.shape[0] if role == "model" else 1
-    pool = _pool(config.calibration, config.source, views)
+    pool = _pool(config.calibration, config.source, spec.shape[0])
     items, shared = _chosen(pool, count, skip)
     found = [_prepared(item, option.feeds, network, option.input_range, pool.origin) for item in items]
     return Sample(found, [item.ids for item in items], shared, pool.origin)
@@ -87,7 +86,7 @@ def sample(config: Config, network: Network, role: str, count: int, skip: int = 
 def require(config: Config, network: Network, role: str) -> None:
     """Raise ReconError where there are no frames, or too few for one input. Little or nothing is decoded."""
     spec = next(iter(network.inputs.values()))
-    _pool(config.calibration, config.source, spec.shape[0] if role == "model" else 1)
+    _pool(config.calibration, config.source, spec.shape[0])
 
 
 def data_hash(options: CalibrationOptions, source: Source, views: int) -> str:
@@ -140,8 +139,8 @@ class SourcePool(Pool):
         if not self.size:
             raise ReconError(
                 f"{origin} has {self.steps * cameras} frames, and the network takes {views} views at once",
-                f"give {views} or more frames with calibration.path or source.path, fewer model.views, or"
-                " accuracy.examples=true where nothing is calibrated",
+                f"give {views} or more frames with calibration.path or source.path, fewer model.views or depth.batch,"
+                " or accuracy.examples=true where nothing is calibrated",
             )
         self._joins = cameras < views  # else what one moment leaves over is left out: it belongs to no other
         self._per_step = cameras / views if cameras < views else cameras // views
@@ -254,7 +253,7 @@ def _image_pool(files: list[Path], views: int, origin: str) -> Pool:
     if not groups:
         raise ReconError(
             f"{origin}: {len(files)} images, and the network takes {views} views at once",
-            f"give {views} or more images, or fewer model.views",
+            f"give {views} or more images, or fewer model.views or depth.batch",
         )
 
     def decoded(group: list[Path]) -> Item:

@@ -174,8 +174,14 @@ def depth(run: Run) -> str:
     from recon.depthvideo import depth_videos
 
     cameras = len(run.config.source.cameras())
-    engine, workers = partial(run.store.open, "depth"), run.config.depth.workers or cameras
-    with DepthAnythingPool(engine, workers=workers, waiting=2 * cameras, predict=run.config.depth.predict) as pool:
+    engine, option = partial(run.store.open, "depth"), run.config.depth
+    with DepthAnythingPool(
+        engine,
+        workers=option.workers_for(cameras),
+        waiting=2 * cameras,
+        predict=option.predict,
+        predict_several=option.predict_several,
+    ) as pool:
         found = depth_videos(run.config, pool, run.folder)
     run.metrics["depth"] = found.metrics()
     run.record.metrics |= found.summary()
@@ -186,7 +192,7 @@ def depth(run: Run) -> str:
 def reconstruct(run: Run) -> str:
     """Bootstrap a map from one view per camera, then stream, align and fuse the rest."""
     config, store = run.config, run.store
-    workers = config.depth.workers or len(config.source.cameras())
+    workers = config.depth.workers_for(len(config.source.cameras()))
     with ExitStack() as stack:
         session = store.session("model", stack)
         depth = partial(store.open, "depth")
@@ -198,6 +204,7 @@ def reconstruct(run: Run) -> str:
                 workers=workers,
                 waiting=waiting,
                 predict=config.depth.predict,
+                predict_several=config.depth.predict_several,
                 predict_all=config.depth.predict_all,
             )
         )

@@ -325,7 +325,8 @@ def _write_points(result: Reconstruction, path: Path) -> int:
 
 
 def _provenance(config: Config, bootstrap: Bootstrap, key: str) -> Provenance:
-    depth = {name: value for name, value in config.depth.settings().items() if name not in ("workers", "every")}
+    how = ("workers", "every", "batch")
+    depth = {name: value for name, value in config.depth.settings().items() if name not in how}
     numbers = {"quant_mode": config.quant_mode.name, "precision": config.precision.name}
     return Provenance({**depth, **numbers}, config.depth.type, bootstrap.scale.unit, key)
 

@@ -130,7 +130,7 @@ class Store:
 
         settings = self.config.calibration.settings()
         if role not in self._data_keys:  # frames are decoded for it: once a run
-            views = next(iter(network.inputs.values())).shape[0] if role == "model" else 1
+            views = next(iter(network.inputs.values())).shape[0]
             source, path = self.config.source, self.config.calibration.path
             known = content_key([source.settings(), settings, views])
             if source.name != "synthetic" or path is not None or known not in _RENDERED:

@@ -190,7 +190,6 @@ class Elsewhere:
         pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of a worker without a GPU
 def test_depth_on_another_device_than_the_map_is_refused() -> None:
     source, depth = Synthetic(name="synthetic", width=64, height=48), Recorded(name="recorded")
     fused = DeviceTsdfMap(OPTION, "cpu")

@@ -28,7 +28,7 @@ class Depth(Component):
 
     licence: str = ""
     workers: int = 0
-    """Depth workers; 0 = one per camera."""
+    """Depth workers; 0 = one per camera, or per batch of cameras where the network takes several images at once."""
     input_size: int = 0
     """Side of the network's input in pixels (multiple of its patch); 0 = the model's own."""
     every: int = 1
@@ -47,6 +47,10 @@ class Depth(Component):
     def for_images(self, sizes: Mapping[str, tuple[int, int]]) -> Depth:
         """This option for a source whose cameras have images of these sizes (width, height)."""
         return self
+
+    def workers_for(self, cameras: int) -> int:
+        """How many workers, with so many cameras."""
+        return self.workers or cameras
 
     def placement(self, size: tuple[int, int]) -> Placement | None:
         """How an image of this size (width, height) goes into the network's input; None where there is no network."""
@@ -67,6 +71,10 @@ class Depth(Component):
     @abstractmethod
     def predict(self, view: View, session: Session | None) -> DepthImage:
         """[H,W] float32 in the image's own resolution; NaN where there is no prediction. Deterministic for a view."""
+
+    def predict_several(self, views: list[View], session: Session | None) -> list[DepthImage]:
+        """`predict` for several views, of any sizes; fewer inferences where the network's batch allows."""
+        return [self.predict(view, session) for view in views]
 
     def predict_all(self, views: list[View], images: torch.Tensor, session: Session | None) -> torch.Tensor:
         """`predict` for views of one size whose images [N,H,W,3] uint8 lie on a device: [N,H,W] float32 there.

@@ -52,8 +52,17 @@ class DepthAnything(Depth):
     """Width and height of the images that the network's fixed input takes its shape from, as the model's own processor
     does; empty: those of the source, of several shapes the commonest; [1,1]: a square. Others are stretched to it."""
 
+    batch: int = 1
+    """Images that the engine takes at once. More suit many cameras on a GPU; places that are left over are filled with
+    copies, so a batch of more images than there are cameras is wasted work."""
+
     def check(self) -> None:
         super().check()
+        if self.batch < 1:
+            raise ReconError(
+                f"depth.batch={self.batch}: the engine takes at least 1 image at once",
+                "1 suits a CPU; on a GPU, the number of cameras",
+            )
         if self.input_size < 0 or self.input_size % PATCH:
             nearest = max(PATCH, round(self.input_size / PATCH) * PATCH)
             raise ReconError(
@@ -84,21 +93,24 @@ class DepthAnything(Depth):
         camera = next(name for name, shape in inputs.items() if shape == commonest)
         return replace(self, image_size=list(sizes[camera]))
 
+    def workers_for(self, cameras: int) -> int:
+        return self.workers or -(-cameras // self.batch)
+
     def network(self) -> Network:
-        """The network for one image: pixel_values [1,3,H,W] FP32, normalised -> [1,H,W] FP32, named by `output`."""
+        """The network: pixel_values [batch,3,H,W] FP32, normalised -> [batch,H,W] FP32, named by `output`."""
         self.check()
         weights, size = resolve(self.weights, self.revision), self.size()
-        shape = (1, 3, *size)
+        shape, largest = (self.batch, 3, *size), 4 * WIDTHS[self.architecture] * size[0] * size[1]
         return Network(
             name=f"{self.name}-{'x'.join(map(str, shape))}",
             inputs={"pixel_values": TensorSpec(shape)},
             outputs=(self.output,),
             weights_key=_weights_key(weights, self.architecture),
             load=partial(_load, weights, self.architecture, size, self.type == "metric"),
-            example=partial(_example, size),
+            example=partial(_example, self.batch, size),
             settings={"weights": self.weights, "revision": self.revision},
             licence=self.licence,
-            memory_mib=4 * (PARAMETERS[self.architecture] + 4 * WIDTHS[self.architecture] * size[0] * size[1]) / 2**20,
+            memory_mib=4 * (PARAMETERS[self.architecture] + self.batch * largest) / 2**20,
         )
 
     def feeds(self, views: list[View]) -> dict[str, torch.Tensor]:
@@ -112,14 +124,21 @@ class DepthAnything(Depth):
 
     def predict(self, view: View, session: Session | None) -> DepthImage:
         """[H,W] float32 at the image's own size. Disparity: larger is nearer, up to an unknown scale and shift."""
+        return self.predict_several([view], session)[0]
+
+    def predict_several(self, views: list[View], session: Session | None) -> list[DepthImage]:
+        """`predict` for views of any sizes, in as few inferences as the engine's batch allows."""
+        import torch
+
         from recon.depth.nets.depth_anything import restore
 
         assert session is not None, "Depth Anything has a network"
-        _, _, height, width = session.inputs["pixel_values"].shape
-        _tell_of_stretching(view.size, (width, height))
-        answer = session.infer(_feeds([view], (height, width)))[self.output]
-        found: DepthImage = restore(answer.cpu(), view.size[::-1])[0].numpy()
-        return found
+        batch, _, height, width = session.inputs["pixel_values"].shape
+        for view in views:
+            _tell_of_stretching(view.size, (width, height))
+        pixels = _feeds(views, (height, width))["pixel_values"]
+        found = torch.cat([answer.cpu() for answer in self._inferred(pixels, batch, session)])
+        return [restore(found[i : i + 1], view.size[::-1])[0].numpy() for i, view in enumerate(views)]
 
     def predict_all(self, views: list[View], images: torch.Tensor, session: Session | None) -> torch.Tensor:
         """`predict` where the images are, in as few inferences as the engine's batch allows."""
@@ -132,10 +151,16 @@ class DepthAnything(Depth):
         batch, _, height, width = session.inputs["pixel_values"].shape
         _tell_of_stretching(views[0].size, (width, height))
         pixels = prepare(images, (height, width))
-        whole = torch.cat([pixels, pixels[-1:].expand(-len(pixels) % batch, -1, -1, -1)])
-        answers = [session.infer({"pixel_values": part})[self.output] for part in torch.split(whole, batch)]
-        found = torch.cat(answers)[: len(pixels)].to(images.device)
+        found = torch.cat(self._inferred(pixels, batch, session))[: len(pixels)].to(images.device)
         return restore(found, (images.shape[1], images.shape[2]))
+
+    def _inferred(self, pixels: torch.Tensor, batch: int, session: Session) -> list[torch.Tensor]:
+        """The engine's answers [batch,H,W]; places of the last batch that are left over hold copies."""
+        import torch
+
+        left = -len(pixels) % batch
+        whole = torch.cat([pixels, pixels[-1:].expand(left, -1, -1, -1)]) if left else pixels
+        return [session.infer({"pixel_values": part})[self.output] for part in torch.split(whole, batch)]
 
     def placement(self, size: tuple[int, int]) -> Placement:
         """Resized to the whole input, whatever its shape."""
@@ -190,12 +215,12 @@ def _feeds(views: list[View], size: tuple[int, int]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.cat([preprocess(image, size) for image in images])}
 
 
-def _example(size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+def _example(batch: int, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
     import torch
 
     from recon.depth.nets.depth_anything import preprocess
 
-    image = torch.from_numpy(example_images(1, (size[1], size[0]), seed)).permute(0, 3, 1, 2)
+    image = torch.from_numpy(example_images(batch, (size[1], size[0]), seed)).permute(0, 3, 1, 2)
     return {"pixel_values": preprocess(image, size).contiguous()}
 
 

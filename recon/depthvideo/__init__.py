@@ -137,7 +137,7 @@ def _predicted(
     """Batches with their depth. The next one is in the network while this one is drawn and encoded."""
     waiting: tuple[list[View], list[Future[PoolResult]]] | None = None
     for views in batches:
-        sent = views, [pool.submit(view) for view in views]
+        sent = views, pool.submit_all(views)
         if waiting is not None:
             yield waiting[0], [future.result() for future in waiting[1]]
         waiting = sent

@@ -16,11 +16,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from recon.live.clock import Moments
 
 Predict = Callable[[View, "Session | None"], DepthImage]
+PredictSeveral = Callable[[list[View], "Session | None"], list[DepthImage]]
 PredictAll = Callable[[list[View], "torch.Tensor", "Session | None"], "torch.Tensor"]
 
 
@@ -77,8 +79,10 @@ class DepthAnythingPool:
 
     engine: a built engine file, or a function that opens a session for one worker (it may return None where `predict`
     needs none). predict: what a worker does with a view and its session; by default Depth Anything's own processing
-    at the size that the engine was built for. predict_all: the same for images on a device, see `Depth.predict_all`; by
-    default what `predict` gives, uploaded. waiting: jobs that may wait for a worker; 0 = two per worker.
+    at the size that the engine was built for. predict_several: the same for as many views as the engine takes at once,
+    see `Depth.predict_several`; by default one after another. predict_all: the same for images on a device, see
+    `Depth.predict_all`; by default what `predict` gives, uploaded. waiting: jobs that may wait for a worker; 0 = two
+    per worker.
 
     Raises:
         ReconError: an engine cannot be opened; nothing is left running.
@@ -91,14 +95,17 @@ class DepthAnythingPool:
         workers: int = 1,
         waiting: int = 0,
         predict: Predict | None = None,
+        predict_several: PredictSeveral | None = None,
         predict_all: PredictAll | None = None,
     ) -> None:
         if workers < 1 or waiting < 0:
             raise ReconError(f"workers={workers} waiting={waiting}: at least 1 and 0", "one worker per camera suits")
         if predict is None:
             depth = _depth_anything()
-            predict, predict_all = depth.predict, predict_all or depth.predict_all
+            predict, predict_several = depth.predict, predict_several or depth.predict_several
+            predict_all = predict_all or depth.predict_all
         self._predict, self._predict_all = predict, predict_all or partial(_uploaded, predict)
+        self._predict_several = predict_several or partial(_in_turn, predict)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting or 2 * workers)
         self._sessions = _open_all(engine, workers)
         self._closed = False
@@ -117,14 +124,25 @@ class DepthAnythingPool:
         Raises:
             ReconError: the pool is closed.
         """
-        job = _Job([view if isinstance(view, View) else View("", self.frames, view)])
-        self._put(job)
-        return job.future
+        return self.submit_all([view])[0]
+
+    def submit_all(self, views: Sequence[View | Image]) -> list[Future[PoolResult]]:
+        """`submit` for several at once, of any sizes: one job for as many as the engine takes at once, in order.
+
+        Raises:
+            ReconError: the pool is closed.
+        """
+        whole = [view if isinstance(view, View) else View("", self.frames + i, view) for i, view in enumerate(views)]
+        jobs = [_Job(whole[start : start + self.batch]) for start in range(0, len(whole), self.batch)]
+        for job in jobs:
+            self._put(job)
+        return [future for job in jobs for future in job.futures]
 
     def submit_images(self, views: list[View], images: torch.Tensor) -> list[Future[ImagesResult]]:
         """Hand over views of one size whose images [N,H,W,3] uint8 are on a device, in what the current stream does.
 
-        One job for as many as the engine takes at once, in order; otherwise as `submit`.
+        One job for as many as the engine takes at once, in order; otherwise as `submit`, but that a future raises what
+        the device itself does.
 
         Raises:
             ReconError: the pool is closed.
@@ -139,7 +157,7 @@ class DepthAnythingPool:
         ]
         for job in jobs:
             self._put(job)
-        return [job.future for job in jobs]
+        return [future for job in jobs for future in job.futures]
 
     @property
     def device(self) -> str | None:
@@ -153,12 +171,13 @@ class DepthAnythingPool:
         return 1 if session is None else max(1, next(iter(session.inputs.values())).shape[0])
 
     def map(self, views: Iterable[View | Image]) -> Iterator[PoolResult]:
-        """Results in the order of `views`, which is read only as far ahead as there is room for."""
+        """Results in the order of `views`, which is read only as far ahead as there is room for, a batch at a time."""
         ahead: deque[Future[PoolResult]] = deque()
-        room = self._jobs.maxsize + len(self._threads)
-        for view in views:
-            ahead.append(self.submit(view))
-            if len(ahead) >= room:
+        room = (self._jobs.maxsize + len(self._threads)) * self.batch
+        left = iter(views)
+        while some := list(islice(left, self.batch)):
+            ahead.extend(self.submit_all(some))
+            while len(ahead) >= room:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -195,20 +214,44 @@ class DepthAnythingPool:
             self.most_waiting = max(self.most_waiting, self._jobs.qsize())
 
     def _work(self, index: int, session: Session | None) -> None:
-        with _own_stream(session):
+        """A worker's thread: it answers every job that it takes, also where it gets no stream of its own."""
+        with ExitStack() as stack:
+            _, lost = _attempted(lambda: stack.enter_context(_own_stream(session)))
             while (job := self._jobs.get()) is not None:
-                result = self._one(job, index, session) if job.images is None else self._all(job, index, session)
-                with self._lock:
-                    self.frames += len(job.views)
-                    self.failures += bool(result.error) * len(job.views)
-                job.future.set_result(result)
+                try:
+                    results = self._several(job, index, session, lost)
+                except BaseException as failure:  # outside of the network: the device itself
+                    for future in job.futures:
+                        future.set_exception(failure)
+                else:
+                    self._settle(job, results)
 
-    def _one(self, job: _Job, index: int, session: Session | None) -> PoolResult:
+    def _settle(self, job: _Job, results: Sequence[PoolResult | ImagesResult]) -> None:
+        with self._lock:
+            self.frames += len(job.views)
+            self.failures += sum(bool(result.error) for result in results) * len(job.views) // len(results)
+        for future, result in zip(job.futures, results, strict=True):
+            future.set_result(result)
+
+    def _several(
+        self, job: _Job, index: int, session: Session | None, lost: str
+    ) -> Sequence[PoolResult | ImagesResult]:
+        """Where several together fail, each is tried alone, so that the one at fault costs no other."""
+        if job.images is not None:
+            return [self._all(job, index, session, lost)]
         start = time.perf_counter()
-        depth, error = _attempted(lambda: self._predict(job.views[0], session))
-        return PoolResult(depth, error, (time.perf_counter() - start) * 1e3, job.waited_ms(start), index)
+        together: list[DepthImage] | None = None
+        if len(job.views) > 1 and not lost:
+            together, _ = _attempted(lambda: self._predict_several(job.views, session))
+        found: list[tuple[DepthImage | None, str]]
+        if together is not None:
+            found = [(depth, "") for depth in together]
+        else:
+            found = [(None, lost) if lost else _attempted(partial(self._predict, view, session)) for view in job.views]
+        ms = (time.perf_counter() - start) * 1e3
+        return [PoolResult(depth, error, ms, job.waited_ms(start), index) for depth, error in found]
 
-    def _all(self, job: _Job, index: int, session: Session | None) -> ImagesResult:
+    def _all(self, job: _Job, index: int, session: Session | None, lost: str) -> ImagesResult:
         from recon.live.clock import Moments
 
         images, waited = job.images, job.waited_ms(time.perf_counter())
@@ -217,7 +260,7 @@ class DepthAnythingPool:
         job.there.wait()
         span = Moments(images.device)
         span.mark()
-        depth, error = _attempted(lambda: self._predict_all(job.views, images, session))
+        depth, error = (None, lost) if lost else _attempted(lambda: self._predict_all(job.views, images, session))
         span.mark()
         if images.is_cuda:  # they were allocated on the stream of whoever handed them in
             import torch
@@ -226,15 +269,18 @@ class DepthAnythingPool:
         return ImagesResult(len(job.views), depth, error, span, waited, index)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """images, there: on a device, and the moment from which they are."""
+    """images, there: on a device, and the moment from which they are. futures: one for each view, or for all images."""
 
     views: list[View]
     images: torch.Tensor | None = None
     there: Moments | None = None
-    future: Future[Any] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
+    futures: list[Future[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.futures = [Future() for _ in (self.views if self.images is None else range(1))]
 
     def waited_ms(self, start: float) -> float:
         return (start - self.submitted) * 1e3
@@ -250,6 +296,10 @@ def _attempted(work: Callable[[], T]) -> tuple[T | None, str]:
     except Exception as failure:
         reason = (str(failure).strip().splitlines() or [""])[0]
         return None, f"{type(failure).__name__}: {reason}" if reason else type(failure).__name__
+
+
+def _in_turn(predict: Predict, views: list[View], session: Session | None) -> list[DepthImage]:
+    return [predict(view, session) for view in views]
 
 
 def _uploaded(predict: Predict, views: list[View], images: torch.Tensor, session: Session | None) -> torch.Tensor:

@@ -88,7 +88,7 @@ class HostStep(Step):
         self.movers = {camera: MoverMask(o.moving_frames, o.moving_tolerance) for camera in self.aligners}
 
     def submit(self, batch: Batch) -> list[Future[PoolResult]]:
-        return [self.pool.submit(view) for view in batch.views]
+        return self.pool.submit_all(batch.views)
 
     def finish(self, batch: Batch, flight: list[Future[PoolResult]]) -> list[FrameResult]:
         return [self._one(batch, view, future.result()) for view, future in zip(batch.views, flight, strict=True)]
