@@ -24,7 +24,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def threes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for three images at once."""
-    return twin(tmp_path_factory.mktemp("threes"), "depth.batch=3")
+    return twin(tmp_path_factory.mktemp("threes"), "depth.batch=3", "accuracy.examples=true")
 
 
 def twin(output: Path, *overrides: str) -> Path:
