@@ -166,7 +166,7 @@ def test_a_frame_that_fails_costs_none_of_its_batch(threes: Path) -> None:
     frames[1] = np.zeros((90, 120), np.uint8)  # no colour axis
     with DepthAnythingPool(threes) as pool:
         results = [future.result(20) for future in pool.submit_all(frames)]
-        assert (pool.frames, pool.failures) == (6, 1)
+        assert (pool.frames, pool.failures, pool.retried) == (6, 1, 1)
     assert [bool(result.error) for result in results] == [False, True, False, False, False, False]
 
 

@@ -150,22 +150,9 @@ def qk_norm_rotate(
     """qkv [rows, 3*heads*64] -> out [rows, 2*heads*64] in its own dtype; cos, sin [tokens, 32] repeat over the rows."""
     rows, together = qkv.shape[0], 4
     pointwise_triton.qk_norm_rotate_kernel[(triton.cdiv(rows, together), 2)](
-        qkv,
-        weights,
-        biases,
-        cos,
-        sin,
-        out,
-        rows,
-        cos.shape[0],
-        q_scale,
-        k_scale,
-        eps,
-        HEADS=heads,
-        ROWS=together,
-        num_warps=4,
-        **EARLY,
-    )
+        qkv, weights, biases, cos, sin, out, rows, cos.shape[0], q_scale, k_scale, eps, HEADS=heads, ROWS=together,
+        num_warps=4, **EARLY,
+    )  # fmt: skip
 
 
 def joined_layer_norm(

@@ -12,6 +12,7 @@ there.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from recon.depth import Depth
     from recon.engines import Session
     from recon.live.clock import Moments
+
+log = logging.getLogger(__name__)
 
 Predict = Callable[[View, "Session | None"], DepthImage]
 PredictSeveral = Callable[[list[View], "Session | None"], list[DepthImage]]
@@ -110,7 +113,7 @@ class DepthAnythingPool:
         self._sessions = _open_all(engine, workers)
         self._closed = False
         self._lock = threading.Lock()
-        self.frames = self.failures = self.most_waiting = 0
+        self.frames = self.failures = self.retried = self.most_waiting = 0
         self._threads = [
             threading.Thread(target=self._work, args=(index, session), name=f"depth-{index}", daemon=True)
             for index, session in enumerate(self._sessions)
@@ -242,7 +245,9 @@ class DepthAnythingPool:
         start = time.perf_counter()
         together: list[DepthImage] | None = None
         if len(job.views) > 1 and not lost:
-            together, _ = _attempted(lambda: self._predict_several(job.views, session))
+            together, reason = _attempted(lambda: self._predict_several(job.views, session))
+            if together is None:
+                self._note_retry(reason)
         found: list[tuple[DepthImage | None, str]]
         if together is not None:
             found = [(depth, "") for depth in together]
@@ -250,6 +255,13 @@ class DepthAnythingPool:
             found = [(None, lost) if lost else _attempted(partial(self._predict, view, session)) for view in job.views]
         ms = (time.perf_counter() - start) * 1e3
         return [PoolResult(depth, error, ms, job.waited_ms(start), index) for depth, error in found]
+
+    def _note_retry(self, reason: str) -> None:
+        with self._lock:
+            self.retried += 1
+            first = self.retried == 1
+        if first:
+            log.warning("depth of several images at once failed (%s): such batches are done one by one", reason)
 
     def _all(self, job: _Job, index: int, session: Session | None, lost: str) -> ImagesResult:
         from recon.live.clock import Moments

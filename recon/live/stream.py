@@ -109,6 +109,7 @@ class Streamer:
             "most_batches_ahead": self.most_ahead,
             "most_images_waiting": self.pool.most_waiting,
             "depth_failures": self.pool.failures,
+            "depth_batches_retried": self.pool.retried,
             "rebootstraps": self.rebootstraps,
         }
 

@@ -84,7 +84,7 @@ class InductorSession(Session):
             self._captured = self._capture(tensors)
         graph, inputs, outputs = self._captured
         for buffer, tensor in zip(inputs, tensors, strict=True):
-            if tensor.data_ptr() != buffer.data_ptr():
+            if tensor is not buffer:  # one of `buffers`
                 buffer.copy_(tensor)
         graph.replay()
         return [output.clone() for output in outputs]  # the next replay writes into the same memory
