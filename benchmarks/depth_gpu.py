@@ -24,6 +24,7 @@ import torch
 from gpu import (
     SAMPLES,
     Shared,
+    checked,
     clear,
     errors,
     filled,
@@ -55,11 +56,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
-    record = machine() | {"checked": arguments.checked}
-    if arguments.checked:
-        from recon.kernels import launch
-
-        launch.CHECKED = True
+    record = machine() | checked(arguments.checked)
     for size in arguments.sizes:
         shared = Shared(network_of(size, 1))
         for batch in arguments.batches:

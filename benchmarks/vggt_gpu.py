@@ -35,6 +35,7 @@ import torch
 from gpu import (
     SAMPLES,
     Shared,
+    checked,
     clear,
     errors,
     filled,
@@ -77,11 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    record = machine() | {"checked": arguments.checked}
-    if arguments.checked:
-        from recon.kernels import launch
-
-        launch.CHECKED = True
+    record = machine() | checked(arguments.checked)
     if arguments.golden:
         record["parity_rel_l2"] = parity(arguments.golden)
         print("parity, FP32 against golden:", {k: f"{v:.1e}" for k, v in record["parity_rel_l2"].items()})
