@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,8 @@ def _simplified_to(model: Any, out: Path, options: ExportOptions) -> str:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > SIMPLIFY_LIMIT:
         return f"{size / 1e9:.1f} GB of weights, and onnxsim works on one protobuf, which ends at 2 GiB"
+    if find_spec("onnxsim") is None:
+        return "the package onnxsim is not installed"
     proto = onnx_ir.to_proto(model)
     try:
         import onnxsim

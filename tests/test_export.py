@@ -1,6 +1,7 @@
 """Export: what is written, what is checked, and what is refused."""
 
 import logging
+import sys
 from pathlib import Path
 
 import onnx
@@ -69,6 +70,15 @@ def test_a_failing_simplifier_leaves_the_plain_graph_and_a_reason(
     assert "small.onnx is not simplified" in caplog.text
     with OnnxRuntime(name="onnxruntime").open(tmp_path / "small.onnx", "none") as session:
         assert compare(TorchSession(network(), seeded()), session, [images(5)])["tokens"].passes(1e-5)
+
+
+def test_without_the_simplifier_the_plain_graph_is_written_and_the_reason_names_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxsim", None)  # to Python, a package that is not there
+    facts = export(network(), tmp_path / "small.onnx", ExportOptions())
+    assert facts["not_simplified_because"] == "the package onnxsim is not installed"
+    assert facts["ops"] == facts["ops_before"]
 
 
 def test_a_simplifier_that_changes_results_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
