@@ -2,7 +2,7 @@
 
     python benchmarks/depth_gpu.py --out depth.json --modes fp16 bf16 peer peer-bf16
     python benchmarks/depth_gpu.py --out depth_fp8.json --modes fp8-fp16 --sizes small base
-    python benchmarks/depth_gpu.py --out depth_8.json --modes fp8 bf16 peer --sizes base large --batches 8 --checked
+    python benchmarks/depth_gpu.py --out depth_8.json --modes fp8 bf16 peer --sizes base large --batches 8
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
 JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through
@@ -24,7 +24,6 @@ import torch
 from gpu import (
     SAMPLES,
     Shared,
-    checked,
     clear,
     errors,
     filled,
@@ -51,12 +50,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=["small", "base", "large"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--modes", nargs="*", default=["fp16", "bf16", "peer", "peer-bf16"])
-    parser.add_argument("--checked", action="store_true", help="attention in bf16 first as if scores were bounded")
     parser.add_argument("--kernels", default="auto", help="engine.kernels")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
-    record = machine() | checked(arguments.checked)
+    record = machine()
     for size in arguments.sizes:
         shared = Shared(network_of(size, 1))
         for batch in arguments.batches:

@@ -111,15 +111,6 @@ def session(
         clear()
 
 
-def checked(on: bool) -> dict[str, Any]:
-    """Attention without a bound first as if there were one, for what is built from here on; noted for the record."""
-    if on:
-        from recon.kernels import launch
-
-        launch.CHECKED = True
-    return {"checked": on}
-
-
 def filled(running: Session, example: dict[str, Tensor]) -> dict[str, Tensor]:
     """The session's own input buffers with the example in them; copies on the GPU where it has none."""
     feeds = {name: value.cuda() for name, value in example.items()}

@@ -169,8 +169,6 @@ def attention(views: int, out: Path) -> None:
             AttentionTile(groups=2, registers=232),
             AttentionTile(n=64, stages=4),
             AttentionTile(n=64, stages=6),
-            AttentionTile(n=64, stages=4, eager=True),
-            AttentionTile(n=128, stages=3, eager=True),
         ):
             for bounded in (True, False):
                 result.fill_(float("nan"))
@@ -180,12 +178,7 @@ def attention(views: int, out: Path) -> None:
                 note(out, group, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", call, flop, error=error)
         balance = torch.tensor([scale**-0.5, scale**0.5], device="cuda").repeat_interleave(1024)
         scores = reference.cast(packed[..., :2048] * balance, torch.float8_e4m3fn)
-        for tile in (
-            AttentionTile(n=64, stages=4),
-            AttentionTile(n=64, stages=4, eager=True),
-            AttentionTile(n=64, stages=6, eager=True),
-            AttentionTile(n=128, stages=3, eager=True),
-        ):
+        for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
             result.fill_(float("nan"))
             call = partial(
                 launch.specialised_attention, scores, scores, packed, result, (0, 1024, 2048), 16, tile, True
@@ -223,8 +216,8 @@ def rows(views: int, out: Path) -> None:
         calls: list[tuple[str, Callable[[], None], int, Callable[[], float]]] = [
             ("layer_norm", partial(launch.layer_norm, x, w, b, 1e-5, y), m * 1024 * (4 + y.itemsize),
              lambda y=y: rel(y.float(), wanted)),
-            ("add_layer_norm", partial(launch.add_layer_norm, x, change, w, b, 1e-5, y), m * 1024 * (10 + y.itemsize),
-             lambda y=y: rel(y.float(), wanted)),
+            ("add_layer_norm", partial(launch.add_layer_norm, x, [(change, None)], w, b, 1e-5, y),
+             m * 1024 * (10 + y.itemsize), lambda y=y: rel(y.float(), wanted)),
             ("gelu", partial(launch.gelu, h, z), m * 4096 * (2 + z.itemsize),
              lambda z=z: rel(z.float(), F.gelu(h.float()))),
         ]  # fmt: skip

@@ -35,7 +35,6 @@ import torch
 from gpu import (
     SAMPLES,
     Shared,
-    checked,
     clear,
     errors,
     filled,
@@ -69,16 +68,13 @@ def main() -> None:
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     parser.add_argument("--kernels", default="auto", help="engine.kernels")
     parser.add_argument("--fp8-scores", action="store_true", help="engine.fp8_scores, in the modes with FP8 layers")
-    parser.add_argument(
-        "--checked", action="store_true", help="encoder's attention first as if its scores were bounded"
-    )
     parser.add_argument("--preset", default="vggt-1b", help="another is only good for trying the script")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--golden", type=Path)
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    record = machine() | checked(arguments.checked)
+    record = machine()
     if arguments.golden:
         record["parity_rel_l2"] = parity(arguments.golden)
         print("parity, FP32 against golden:", {k: f"{v:.1e}" for k, v in record["parity_rel_l2"].items()})

@@ -40,9 +40,21 @@ def test_cast_saturates_and_scales() -> None:
 def test_add_layer_norm_is_both_and_keeps_the_sum() -> None:
     x, change, weight, bias = draw(5, 64), draw(5, 64, seed=1), draw(64, seed=2), draw(64, seed=3)
     total = x + change
-    normed = reference.add_layer_norm(x, change, weight, bias, 1e-6, torch.float32, 0.5)
+    normed = reference.add_layer_norm(x, [(change, None)], weight, bias, 1e-6, torch.float32, 0.5)
     assert torch.equal(x, total)
     assert torch.allclose(normed, 0.5 * F.layer_norm(total, (64,), weight, bias, 1e-6))
+
+
+def test_a_sum_that_is_not_stored_is_added_again_with_the_next() -> None:
+    x, weight, bias, gain = draw(5, 64), draw(64, seed=2), draw(64, seed=3), draw(64, seed=6)
+    before, first, second = x.clone(), (draw(5, 64, seed=4), gain), (draw(5, 64, seed=5), None)
+    stepwise = x.clone()
+    wanted = [reference.add_layer_norm(stepwise, [one], weight, bias, 1e-6, torch.float32) for one in (first, second)]
+    settings = weight, bias, 1e-6, torch.float32
+    assert torch.equal(ops.add_layer_norm(x, [first], *settings, store=False), wanted[0])
+    assert torch.equal(x, before)
+    assert torch.equal(ops.add_layer_norm(x, [first, second], *settings), wanted[1])
+    assert torch.equal(x, stepwise)
 
 
 def test_joined_layer_norm_drops_special_tokens() -> None:
@@ -105,7 +117,7 @@ def test_scores_may_be_multiplied_instead_of_queries() -> None:
 def test_a_gain_multiplies_what_is_added() -> None:
     x, change, gain, one = draw(5, 64), draw(5, 64, seed=1).bfloat16(), draw(64, seed=2), torch.ones(64)
     total = x + change.float() * gain
-    ops.add_layer_norm(x, change, one, one, 1e-6, torch.float32, 1.0, gain)
+    ops.add_layer_norm(x, [(change, gain)], one, one, 1e-6, torch.float32)
     assert torch.equal(x, total)
 
 
@@ -319,15 +331,20 @@ def test_layer_norms_on_the_gpu(dtype, width) -> None:
     limit = 4e-2 if dtype == E4M3 else 4e-3
     wanted = reference.layer_norm(x, weight, bias, 1e-6, torch.float32, 3.0)
     assert rel(ops.layer_norm(x, weight, bias, 1e-6, dtype, 3.0).float(), wanted) < limit
-    y = x.clone()
-    wanted = reference.add_layer_norm(x, change, weight, bias, 1e-6, torch.float32, 3.0)
-    assert rel(ops.add_layer_norm(y, change, weight, bias, 1e-6, dtype, 3.0).float(), wanted) < limit
-    assert torch.equal(x, y)
-    y, gain = x.clone(), draw(width, seed=4, device="cuda")
-    wanted = reference.add_layer_norm(x := x - change, change, weight, bias, 1e-6, torch.float32, 3.0, gain)
-    found = ops.add_layer_norm(y := y - change, change, weight, bias, 1e-6, dtype, 3.0, gain)
-    assert rel(found.float(), wanted) < limit
-    assert rel(y, x) < 1e-6
+    gain, other = draw(width, seed=4, device="cuda"), draw(37, width, seed=5, device="cuda").bfloat16()
+    for changes in (
+        [(change, None)],
+        [(change, gain)],
+        [(change, gain), (other, None)],
+        [(change, None), (other, gain)],
+    ):
+        for store in (True, False):
+            y, z = x.clone(), x.clone()
+            wanted = reference.add_layer_norm(y, changes, weight, bias, 1e-6, torch.float32, 3.0, store)
+            found = ops.add_layer_norm(z, changes, weight, bias, 1e-6, dtype, 3.0, store)
+            assert rel(found.float(), wanted) < limit
+            assert rel(z, y) < 1e-6
+            assert torch.equal(z, x) is not store
     pair = (draw(2, 9, width, device="cuda"), draw(2, 9, width, seed=1, device="cuda"))
     weight, bias = draw(2 * width, seed=2, device="cuda"), draw(2 * width, seed=3, device="cuda")
     wanted = reference.joined_layer_norm(*pair, weight, bias, 1e-5, torch.float32, 5)
@@ -354,10 +371,11 @@ def test_attention_on_the_gpu(bounded, sequences, tokens, heads) -> None:
     q, k, v = qkv.reshape(sequences, tokens, -1).bfloat16().chunk(3, -1)
     found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=bounded)
     assert rel(found, reference.attention(q, k, v, heads, torch.float32)) < 5e-3
-    if tokens > 100:
-        low = [reference.cast(part, E4M3, scale) for part, scale in ((q, 2.0), (k, 0.5))]
-        found = ops.attention(*low, v, heads, torch.bfloat16, bounded=bounded)
-        assert rel(found, reference.attention(*low, v, heads, torch.float32)) < 5e-3
+    low = [reference.cast(part, E4M3, scale) for part, scale in ((q, 2.0), (k, 0.5))]
+    found = ops.attention(*low, v, heads, torch.bfloat16, bounded=bounded)
+    assert rel(found, reference.attention(*low, v, heads, torch.float32)) < (2e-2 if bounded else 5e-3)
+    found = ops.attention(*low, torch.ones_like(v), heads, torch.bfloat16, bounded=bounded)
+    assert abs(float(found.double().mean()) - 1) < 5e-4  # weights over their sum, without the keys past the end
     if not bounded:
         found = ops.attention(q, k, v, heads, torch.bfloat16, bounded=False, score_scale=0.7)
         assert rel(found, reference.attention(q, k, v, heads, torch.float32, 1.0, 0.7)) < 5e-3
@@ -366,7 +384,7 @@ def test_attention_on_the_gpu(bounded, sequences, tokens, heads) -> None:
 @cuda
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("bounded", [True, False])
-def test_eager_attention_on_the_gpu(bounded, low) -> None:
+def test_tiles_of_specialised_attention_on_the_gpu(bounded, low) -> None:
     from recon.kernels import launch
 
     qkv = draw(2, 1374, 3, 16, 64, device="cuda")
@@ -375,18 +393,17 @@ def test_eager_attention_on_the_gpu(bounded, low) -> None:
     if low:
         q, k = reference.cast(q, E4M3), reference.cast(k, E4M3)
     wanted = reference.attention(q, k, v, 16, torch.float32)
-    for tile in (launch.SHORT, launch.LONG, replace(launch.LONG, eager=True)):
+    for tile in (launch.SHORT, launch.LONG, replace(launch.SHORT, groups=2)):
         out = torch.empty(2, 1374, 1024, dtype=torch.bfloat16, device="cuda")
         launch.specialised_attention(q, k, v, out, (0, 0, 0), 16, tile, bounded)
-        assert rel(out, wanted) < 5e-3
+        assert rel(out, wanted) < (2e-2 if low and bounded else 5e-3)
 
 
 @cuda
 @pytest.mark.parametrize("score_scale", [1.0, 0.7])
-def test_rows_that_the_checked_form_cannot_hold_are_done_again_on_the_gpu(score_scale, monkeypatch) -> None:
+def test_rows_that_the_checked_form_cannot_hold_are_done_again_on_the_gpu(score_scale) -> None:
     from recon.kernels import launch
 
-    monkeypatch.setattr(launch, "CHECKED", True)
     qkv = draw(8, 1374, 3, 16, 64, device="cuda")
     qkv[2, 100:900:7, 0] *= 40  # scores of hundreds, as powers of two
     qkv[5, :, 1, 3] += 60 * qkv[5, :1, 1, 3]  # all scores of a row far from zero, on either side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from recon.kernels import (
     pointwise_triton,
     small_triton,
 )
+from recon.kernels.reference import Change
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
@@ -39,24 +41,20 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block shape of the specialised attention: groups * rows queries a program.
-
-    eager: all weights of a step are formed before the wait for the product of the step before (see `EAGER` there).
-    """
+    """Block shape of the specialised attention: groups * rows queries a program."""
 
     rows: int = 64
     n: int = 128
     groups: int = 3
     stages: int = 3
     registers: int = 160
-    eager: bool = False
 
 
 FUSED = LinearTile(128, 128, 128, 4, 3, programs=264)
-LONG, SHORT, SCORES = AttentionTile(n=64, stages=4), AttentionTile(), AttentionTile(eager=True)
-"""Tiles for thousands of keys with bounded scores, for all other 16-bit attention, and for E4M3 scores."""
-CHECKED = False
-"""Attention without a bound first as if there were one, in BF16. Not measured yet, so off (benchmarks/log.md)."""
+LONG, SHORT = AttentionTile(n=64, stages=4), AttentionTile()
+"""Tiles for thousands of keys with bounded 16-bit scores, and for all other attention."""
+WAVE = 128
+"""With fewer programs than this an H200 stays half empty: smaller tiles of the plain kernel are faster then."""
 EARLY = {"launch_pdl": True}
 """The kernel may be launched while the one before it still runs: it waits for it by itself (`gdc_wait`)."""
 
@@ -73,7 +71,7 @@ def linear(
         TensorDescriptor.from_tensor(a, [tile.m, tile.k]), TensorDescriptor.from_tensor(weight, [tile.n, tile.k]),
         TensorDescriptor.from_tensor(out, [tile.m, tile.n]), bias, m, n, k, scale, out_scale, BLOCK_M=tile.m,
         BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tile.group, GELU=gelu, PROGRAMS=tile.programs, STAGES=tile.stages,
-        PAIRS=pairs, num_warps=tile.warps, num_stages=tile.stages,
+        PAIRS=pairs, num_warps=tile.warps, num_stages=tile.stages, **EARLY,
     )  # fmt: skip
 
 
@@ -118,7 +116,7 @@ def specialised_attention(
         described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
         marks if marks is not None else out, tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n,
         STAGES=tile.stages, GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
-        SCALED=score_scale != 1, EAGER=tile.eager, CHECKED=marks is not None, HEADS=heads, num_warps=4,
+        SCALED=score_scale != 1, CHECKED=marks is not None, HEADS=heads, num_warps=4, **EARLY,
     )  # fmt: skip
 
 
@@ -132,14 +130,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor,
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0,
-    gain: Tensor | None = None,
+    x: Tensor, changes: Sequence[Change], weight: Tensor, bias: Tensor, eps: float, out: Tensor,
+    out_scale: float = 1.0, store: bool = True,
 ) -> None:  # fmt: skip
-    """x [rows, width] FP32 += change (* gain [width]) in place; out = LayerNorm(x) in its own dtype."""
+    """out = LayerNorm(x [rows, width] FP32 + one or two changes) in its own dtype; x becomes the sum if `store`."""
     rows, width = x.shape
+    (first, gain1), (second, gain2) = changes[0], changes[-1]
     pointwise_triton.add_layer_norm_kernel[(rows,)](
-        x, change, gain if gain is not None else bias, weight, bias, out, out_scale, eps, WIDTH=width,
-        PADDED=triton.next_power_of_2(width), GAIN=gain is not None, num_warps=1, **EARLY,
+        x, first, second, gain1 if gain1 is not None else bias, gain2 if gain2 is not None else bias, weight, bias, out,
+        out_scale, eps, WIDTH=width, PADDED=triton.next_power_of_2(width), GAIN1=gain1 is not None,
+        GAIN2=gain2 is not None, TWO=len(changes) == 2, STORE=store, num_warps=1, **EARLY,
     )  # fmt: skip
 
 
@@ -177,17 +177,21 @@ def gelu(x: Tensor, out: Tensor, out_scale: float = 1.0) -> None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, bounded: bool, out_scale: float, score_scale: float = 1.0
 ) -> None:
-    """The attention kernel and block shape that were fastest at this size (benchmarks/log.md)."""
+    """The attention kernel and block shape that were fastest at this size (benchmarks/log.md).
+
+    BF16 scores without a bound are first taken as if there were one; rows that this form cannot hold are done again.
+    """
     sequences, tokens = q.shape[:2]
-    tile = SCORES if q.dtype != v.dtype else LONG if bounded and tokens > 4096 else SHORT
-    many = triton.cdiv(tokens, tile.rows * tile.groups) * heads * sequences >= 128  # else too few for the card
-    if CHECKED and many and not bounded and q.dtype == torch.bfloat16:
+    low = q.dtype != v.dtype
+    tile = LONG if bounded and tokens > 4096 and not low else SHORT
+    programs = triton.cdiv(tokens, tile.rows * tile.groups) * heads * sequences
+    if programs >= 4 * WAVE and not bounded and q.dtype == torch.bfloat16:
         marks = torch.empty(sequences, heads, tokens, dtype=torch.uint8, device=q.device)
         specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, False, out_scale, score_scale, marks)
         attention(
             q, k, v, out, (0, 0, 0), heads, bounded=False, out_scale=out_scale, score_scale=score_scale, marks=marks
         )
-    elif many or tile is SCORES:
+    elif programs >= WAVE or low:
         specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, bounded, out_scale, score_scale)
     else:
         attention(

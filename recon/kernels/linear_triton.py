@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from recon.kernels.pointwise_triton import _low, gelu, gelu_to_e4m3
 
@@ -24,6 +25,7 @@ def linear_kernel(
     Stored times out_scale; with GELU, its GELU, and with PAIRS that in FP16, two at a time, for an E4M3 output.
     PROGRAMS > 0: that many programs walk over all tiles; two on a multiprocessor hide each other's endings.
     """
+    gdc_wait()
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = down * across
     first = tl.program_id(0)

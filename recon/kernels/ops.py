@@ -8,6 +8,7 @@ raise. Import of this module needs torch alone; Triton is imported at the first 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from recon.errors import ReconError
 from recon.kernels import reference
+from recon.kernels.reference import Change
 
 HEAD = 64
 FEW = 8
@@ -30,14 +32,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0,
-    gain: Tensor | None = None,
+    x: Tensor, changes: Sequence[Change], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    scale: float = 1.0, store: bool = True,
 ) -> Tensor:  # fmt: skip
-    """x [rows, width] FP32 += change (* gain [width]), in place -> LayerNorm(x) * scale in dtype: one pass over x."""
+    """LayerNorm(x + changes) * scale in dtype: one pass over x [rows, width] FP32, which becomes the sum if `store`.
+
+    changes: one or two pairs of a change [rows, width] and the gain [width] it is multiplied by, or None.
+    """
     if not x.is_cuda:
-        return reference.add_layer_norm(x, change, weight, bias, eps, dtype, scale, gain)
+        return reference.add_layer_norm(x, changes, weight, bias, eps, dtype, scale, store)
     out = x.new_empty(x.shape, dtype=dtype)
-    _launch().add_layer_norm(x, change, weight, bias, eps, out, scale, gain)
+    _launch().add_layer_norm(x, changes, weight, bias, eps, out, scale, store)
     return out
 
 

@@ -69,20 +69,31 @@ def layer_norm_kernel(x, weight, bias, out, out_scale, eps, stride, WIDTH: tl.co
 
 @triton.jit
 def add_layer_norm_kernel(
-    x, change, gain, weight, bias, out, out_scale, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr, GAIN: tl.constexpr
-):
-    """One row of x [rows, WIDTH] FP32 += change (GAIN: * gain [WIDTH]), in place; out = LayerNorm(x) * out_scale."""
+    x, first, second, gain1, gain2, weight, bias, out, out_scale, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    GAIN1: tl.constexpr, GAIN2: tl.constexpr, TWO: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """out = LayerNorm(x + first (GAIN1: * gain1) + (TWO) second (GAIN2: * gain2)) * out_scale for one row of
+    [rows, WIDTH]; STORE: x, FP32, becomes the sum."""
     gdc_wait()
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     place = tl.program_id(0).to(tl.int64) * WIDTH + column
+    value = tl.load(x + place, inside, 0.0) + _step(first, gain1, place, column, inside, GAIN1)
+    if TWO:
+        value += _step(second, gain2, place, column, inside, GAIN2)
+    if STORE:
+        tl.store(x + place, value, inside)
+    value = _normed(value, weight, bias, out_scale, eps, column, inside, WIDTH)
+    tl.store(out + place, _low(value, out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _step(change, gain, place, column, inside, GAIN: tl.constexpr):
+    """One row of a change, times its gain."""
     step = tl.load(change + place, inside, 0.0).to(tl.float32)
     if GAIN:
         step *= tl.load(gain + column, inside, 0.0)
-    value = tl.load(x + place, inside, 0.0) + step
-    tl.store(x + place, value, inside)
-    value = _normed(value, weight, bias, out_scale, eps, column, inside, WIDTH)
-    tl.store(out + place, _low(value, out.dtype.element_ty), inside)
+    return step
 
 
 @triton.jit

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX = 448.0
+Change = tuple[Tensor, Tensor | None]
+"""What is added to the residual stream [rows, width], and what it is multiplied by first [width]."""
 
 
 def cast(value: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -23,12 +26,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
 
 def add_layer_norm(
-    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, scale: float = 1.0,
-    gain: Tensor | None = None,
+    x: Tensor, changes: Sequence[Change], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    scale: float = 1.0, store: bool = True,
 ) -> Tensor:  # fmt: skip
-    """x FP32 += change (* gain) in place, then `layer_norm` of it."""
-    x += change if gain is None else change.float() * gain
-    return layer_norm(x, weight, bias, eps, dtype, scale)
+    """`layer_norm` of x FP32 + every change (* its gain), in order; store: x becomes that sum."""
+    total = x
+    for change, gain in changes:
+        total = total + (change if gain is None else change.float() * gain)
+    if store:
+        x.copy_(total)
+    return layer_norm(total, weight, bias, eps, dtype, scale)
 
 
 def joined_layer_norm(
