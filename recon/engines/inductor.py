@@ -36,7 +36,8 @@ class Inductor(Engine):
     else inductor; which it was, and why, is in the manifest."""
     fp8_scores: bool = False
     """With recon's kernels and FP8 layers: attention's scores from FP8 queries and keys where the network normalises
-    them (VGGT's trunk). Not part of what `precision` says, so it has to be asked for."""
+    them (VGGT's trunk), and every second softmax weight to within 4 % of its power of two (docs/speed.md). Not part of
+    what `precision` says, so it has to be asked for."""
     max_autotune: bool = False
     """Time several kernels per operator at build and keep the fastest: minutes longer."""
     cuda_graph: bool | None = None
