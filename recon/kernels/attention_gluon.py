@@ -36,8 +36,8 @@ def _exp2(x):
 @gluon.jit
 def _exp2_coarse(x):
     """2^x for -127 < x < 128, every second one by Schraudolph (1999): x + 127 in steps of 1/128 is the bit pattern of a
-    BF16 number on the straight line between two powers of two, -3.8 to 2.2 % off 2^x and right on average (the 7 steps
-    less). Scores of E4M3 factors are no more exact than that."""
+    BF16 number on the straight line between two powers of two; 7 steps less, it is 4.0 % below to 2.5 % above 2^x and
+    0.2 % above on average. Scores of E4M3 factors are no more exact than that."""
     return gl.inline_asm_elementwise(
         """{ .reg .f32 steps; .reg .b32 bits;
         ex2.approx.ftz.f32 $0, $2;
