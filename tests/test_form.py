@@ -13,11 +13,13 @@ from small_network import network as plain_network
 from recon.artifact import read_manifest
 from recon.certificate import certify
 from recon.certificate.text import lines
+from recon.config import option
 from recon.engines import Build
 from recon.engines.aoti import compile as aoti_compile
 from recon.engines.aoti.package import read
 from recon.errors import ReconError
 from recon.formats import LayerFormat, QuantizedWeight, Ranges, Recipe
+from recon.kernels.form import rebuild
 from recon.kernels.record import Recorder
 from recon.kernels.transformer import Product
 from recon.lowbit.apply import prepare
@@ -308,3 +310,27 @@ def test_heads_that_the_kernels_do_not_know_are_compiled_on_cuda(tmp_path: Path)
         engine(device="cuda").build(Build(of, None, lambda: Recipe(rest="bf16")), path)
     facts = engine(device="cuda", kernels="auto").build(Build(of, None, lambda: Recipe(rest="bf16")), path)
     assert "heads of 16 channels" in facts["effective"]["kernels"]["reason"]
+
+
+def test_a_skeleton_lies_on_one_device_whatever_torch_knows_of_factories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.device("meta") must not be needed for what is made beside a tensor that has a device."""
+    from torch.utils import _device
+
+    known = _device._device_constructors() - {torch.linspace}
+    monkeypatch.setattr(_device, "_device_constructors", lambda: known)
+    fast = vggt().load().to_inference(torch.bfloat16, compile=False)  # type: ignore[operator]
+    rebuilt = rebuild(fast.family, fast.settings(), fast.tensors())
+    assert rebuilt.tensors().keys() == fast.tensors().keys()
+
+
+def test_a_folder_that_is_loaded_first_leaves_torchs_factories_whole() -> None:
+    """transformers replaces torch.linspace while it loads; torch remembers what it finds when it first looks."""
+    from torch.utils import _device
+
+    _device._device_constructors.cache_clear()
+    try:
+        option("depth", "da-mini").network().load()  # type: ignore[attr-defined]
+        with torch.device("meta"):
+            assert torch.linspace(0, 1, 3).is_meta
+    finally:
+        _device._device_constructors.cache_clear()

@@ -160,6 +160,7 @@ def _seeded(architecture: str, seed: int, metric: bool = False) -> DepthAnything
 
 
 def _from_folder(folder: Path, metric: bool) -> DepthAnythingForDepthEstimation:
+    _note_factories()
     try:
         with _quiet():
             model, info = DepthAnythingForDepthEstimation.from_pretrained(
@@ -179,6 +180,16 @@ def _from_folder(folder: Path, metric: bool) -> DepthAnythingForDepthEstimation:
             "metric models have Metric in their name and belong to depth=da2-metric-*, the others to depth=da2-*",
         )
     return model
+
+
+def _note_factories() -> None:
+    """Have torch look up now which functions make tensors.
+
+    It does so once in a process, when the first of them is called under `torch.device`. That may be while transformers
+    (5.17 to 5.23 at least) has replaced `torch.linspace` for loading, which then ignores such a device for good.
+    """
+    with torch.device("meta"):
+        torch.empty(0)
 
 
 @contextmanager

@@ -135,7 +135,8 @@ def position_map(channels: int, grid: tuple[int, int], aspect: float) -> tuple[T
 
     def waves(count: int, extent: float) -> Tensor:
         reach = extent * (count - 1) / count
-        angle = frequency[:, None] * torch.linspace(-reach, reach, count, dtype=torch.float64)
+        place = torch.linspace(-reach, reach, count, dtype=torch.float64, device=frequency.device)
+        angle = frequency[:, None] * place
         return POSITION_WEIGHT * torch.cat([angle.sin(), angle.cos()])
 
     across, down = torch.zeros(1, channels, 1, width), torch.zeros(1, channels, height, 1)
