@@ -41,7 +41,7 @@ class Inductor(Engine):
     max_autotune: bool = False
     """Time several kernels per operator at build and keep the fastest: minutes longer."""
     cuda_graph: bool | None = None
-    """Record the first inference as a CUDA graph and replay it; null: on CUDA. Not for the CPU."""
+    """Record an inference as a CUDA graph when a package is opened, and replay it; null: on CUDA. Not for the CPU."""
     allow_foreign: bool = False
     """Open packages that have no manifest of recon. They hold native code, which runs when they are opened."""
 
@@ -98,8 +98,12 @@ class Inductor(Engine):
     def load(self, path: Path) -> Session:
         """Open a package: one with our manifest, compiled for this PyTorch and this device.
 
+        On CUDA this takes as long as kernels take to compile (seconds, less where their caches on disk are warm), and
+        no inference after it compiles anything.
+
         Raises:
-            ReconError: the file is not ours, is damaged, or was compiled for another machine.
+            ReconError: the file is not ours, is damaged, or was compiled for another machine; it needs more memory than
+                there is, or cannot be run here.
         """
         from recon.engines.aoti.package import read, require_fitting, require_trusted
         from recon.engines.aoti.session import InductorSession

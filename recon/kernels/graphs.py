@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ONE_AT_A_TIME = RLock()
+"""Held while a network is made ready: rebuilt, compiled, captured. Of what that needs, transformers' patches of torch
+and of its own classes, torch.compile's caches and the allocator's pools belong to the process and not to a thread."""
 
 
 class Captured:
@@ -15,18 +20,22 @@ class Captured:
 
     def __init__(self, call: Callable[[Tensor], tuple[Tensor, ...]], example: Tensor, warmup: int = 3) -> None:
         self.call, self.input = call, example.clone()  # the graph reads what the call owns: it must not be freed
+        with ONE_AT_A_TIME:
+            self._capture(warmup)
+
+    def _capture(self, warmup: int) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(warmup):  # compiles kernels and creates handles, neither of which can be captured
-                call(self.input)
+                self.call(self.input)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         # on the stream that is warm: the libraries' workspaces belong to a stream, and those of torch's own stream for
         # captures would be shared with every other graph, which may be replayed at the same time
         with torch.inference_mode(), torch.cuda.graph(self.graph, stream=stream):
-            self.outputs = call(self.input)
+            self.outputs = self.call(self.input)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Same shape, dtype and device as the example."""
