@@ -1,7 +1,7 @@
 """Accuracy of a built engine against the FP32 torch module on frames that calibration did not see.
 
 The reference is torch in FP32 on the same inputs, so the figures say what quantisation, precision and engine have
-changed, not how good the network is.
+changed, not how good the network is. It runs where the engine runs, on CUDA without TF32.
 
 - Depth of a bootstrap network: one scale per input (its depth is defined up to one), the median of reference / engine
   over all views; then AbsRel and delta1 over all pixels with positive depth.
@@ -14,7 +14,10 @@ changed, not how good the network is.
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recon.errors import ReconError
+from recon.machine import MIB
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, torch.Tensor]
 
+log = logging.getLogger(__name__)
+ROOM = 1.25  # times the estimate of a network's memory has to be free
 KEPT = 2  # samples: those of the two networks of a configuration
 _SAMPLES: dict[str, Sample] = {}
 FAR = 0.01  # of the largest disparity; below it a relative error says nothing
@@ -76,15 +82,54 @@ def judge(config: Config, network: Network, role: str, file: Path) -> dict[str, 
     Raises:
         ReconError: an output is not finite, or an error is beyond a limit of `accuracy`.
     """
-    from recon.engines.torch import TorchSession
-
     if reason := config.engine.runs_here():
         return {"not_measured": reason}
     feeds, seen = _inputs(config, network, role)
-    with config.engine.load(file) as session, TorchSession(network, network.load()) as reference:
-        found = seen | measure(reference, session, feeds, size=next(iter(network.inputs.values())).shape[-2:])
+    size = next(iter(network.inputs.values())).shape[-2:]
+    with config.engine.load(file) as session, reference_beside(session, network) as reference:
+        found = seen | {"reference": f"torch fp32 on {reference.device}"} | measure(reference, session, feeds, size)
     enforce(config.accuracy, found, file.name)
     return found
+
+
+@contextmanager
+def reference_beside(session: Session, network: Network) -> Iterator[Session]:
+    """The FP32 torch module on the session's device; on the CPU where the device has no room for both. What it takes
+    of a device is free again afterwards."""
+    from recon.engines.torch import TorchSession
+
+    device = _place(network, session.device)
+    try:
+        with TorchSession(network, network.load(), device) as reference:
+            yield reference
+    finally:
+        _free(device)
+
+
+def _place(network: Network, device: str) -> str:
+    """The device, if one FP32 inference of the network fits there now; else the CPU, and the log says so."""
+    if device == "cpu":
+        return device
+    import torch
+
+    _free(device)
+    free = torch.cuda.mem_get_info(device)[0] / MIB
+    if ROOM * network.memory_mib <= free:
+        return device
+    log.warning(
+        "the FP32 reference of %s needs about %.0f MiB, and %s has %.0f MiB free: it runs on the CPU",
+        network.name, network.memory_mib, device, free,
+    )  # fmt: skip
+    return "cpu"
+
+
+def _free(device: str) -> None:
+    """Give what nothing refers to any more back to the device."""
+    if device != "cpu":
+        import torch
+
+        gc.collect()  # modules refer to themselves
+        torch.cuda.empty_cache()
 
 
 def require_frames(config: Config, network: Network, role: str) -> None:

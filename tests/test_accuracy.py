@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from recon.accuracy import ALIGNMENT, AccuracyOptions, enforce, figures, judge, measure
+from recon.accuracy import ALIGNMENT, AccuracyOptions, enforce, figures, judge, measure, reference_beside
 from recon.config import Config, option
 from recon.engines import Session
 from recon.errors import ReconError
@@ -156,3 +156,65 @@ def test_frames_are_those_that_calibration_did_not_see(settings: Config) -> None
     judged_on = sample(settings, network, "depth", 3, skip=4)
     assert judged_on.shared == 0
     assert not {frame for ids in seen.ids for frame in ids} & {frame for ids in judged_on.ids for frame in ids}
+
+
+class Elsewhere(Says):
+    """A session that says it runs on a GPU."""
+
+    device = "cuda:0"
+
+
+@pytest.mark.parametrize(("free_mib", "place"), [(125, "cuda:0"), (124, "cpu")])
+def test_the_reference_runs_where_the_engine_runs_if_there_is_room(
+    free_mib: int, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from recon.network import Network
+
+    freed: list[str] = []
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (free_mib * 2**20, 2**40))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: freed.append("freed"))
+    monkeypatch.setattr("recon.engines.torch.TorchSession", lambda network, module, device: Placed(device))
+    found = Network("net", {}, (), "", torch.nn.Identity, lambda _: {}, memory_mib=100.0)
+    with reference_beside(Elsewhere(), found) as reference:
+        assert reference.device == place
+        before = len(freed)
+    assert bool(caplog.messages) == (place == "cpu")
+    assert len(freed) == before + (place != "cpu"), "what it took is given back"
+    with reference_beside(Says(), found) as reference:
+        assert reference.device == "cpu"
+
+
+class Placed(Says):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+
+def test_the_manifest_names_where_the_reference_ran(settings: Config, tmp_path: Path) -> None:
+    from recon.store import Store, built
+
+    settings.depth = replace(option("depth", "da2-twin"), input_size=84, image_size=[1, 1])
+    settings.accuracy.batches = 1
+    store = Store(settings)
+    found = built(store, store.networks()["depth"]).manifest.facts["accuracy"]
+    assert found["reference"] == "torch fp32 on cpu"
+    assert found["absrel"] < 1e-4
+
+
+@pytest.mark.gpu
+def test_the_reference_on_cuda_is_fp32_and_leaves_nothing_behind(settings: Config) -> None:
+    from recon.engines.torch import TorchSession
+
+    network = option("depth", "da-mini").network()  # type: ignore[attr-defined]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    feeds = [network.example(seed) for seed in (1, 2)]
+    with TorchSession(network, network.load()) as host, reference_beside(OnCuda(), network) as reference:
+        assert reference.device == "cuda"
+        found = measure(host, reference, feeds, size=(168, 224))
+    assert found["rel_l2_max"] < 1e-5, "TF32 would be 1e-3 off"
+    assert torch.cuda.memory_allocated() <= before
+
+
+class OnCuda(Says):
+    device = "cuda"

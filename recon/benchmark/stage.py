@@ -56,8 +56,8 @@ def benchmark_engines(store: Store) -> dict[str, BenchmarkResult]:
 
 def _of_networks(store: Store) -> dict[str, BenchmarkResult]:
     """The configuration's own engines, on the networks' examples, with their error against FP32 torch."""
+    from recon.accuracy import reference_beside
     from recon.compare import compare
-    from recon.engines.torch import Torch
 
     options = store.config.benchmark
     results: dict[str, BenchmarkResult] = {}
@@ -79,7 +79,7 @@ def _of_networks(store: Store) -> dict[str, BenchmarkResult]:
                 lanes = [Lane(f"{network.name}#{i}", one, feeds, items=items, input="example")
                          for i, one in enumerate([session, *others])]  # fmt: skip
                 found |= run_streams(lanes, options)
-            reference = stack.enter_context(Torch(name="torch").session(network, None))  # after: not in its memory
+            reference = stack.enter_context(reference_beside(session, network))  # after: not in its memory
             alone = found[network.name]
             found[network.name] = replace(alone, errors=compare(reference, session, [feeds], finite=False))
         for name, result in found.items():
