@@ -9,6 +9,7 @@ import pytest
 
 from recon.errors import ReconError
 from recon.geometry.cameras import transform, unproject
+from recon.sources import synthetic
 from recon.sources.synthetic import Synthetic
 
 
@@ -24,6 +25,7 @@ def test_synthetic_source_is_consistent_and_repeatable() -> None:
     assert len(stream) == len(source) == 3
     assert [batch[0].frame for batch in stream] == [1, 2, 3]
     assert stream[2][0].time_s == pytest.approx(3 / 15)
+    synthetic._KEPT.clear()
     again = next(iter(Synthetic(name="synthetic", width=80, height=60, steps=3, seed=2).batches()))
     np.testing.assert_array_equal(again[1].image, stream[0][1].image)
     one = Synthetic(name="synthetic", width=80, height=60, seed=2, views=["cam2"]).bootstrap()
@@ -34,6 +36,33 @@ def test_synthetic_source_is_consistent_and_repeatable() -> None:
         2,
         4,
     ]
+
+
+def test_a_time_step_is_rendered_once_and_belongs_to_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recon.scene import render as module
+
+    rendered, real = [], module.render
+    monkeypatch.setattr(module, "render", lambda *args, **options: rendered.append(1) or real(*args, **options))
+    synthetic._KEPT.clear()
+    source = Synthetic(name="synthetic", width=48, height=32, steps=3)
+    first = list(source.batches())
+    assert len(rendered) == 3
+    for view in first[1]:
+        view.image[:] = 0
+        assert view.depth is not None
+        view.depth[:] = -1
+    other = Synthetic(name="synthetic", width=48, height=32, steps=9, frame_step=2)
+    again = next(iter(other.batches()))
+    assert len(rendered) == 3, "step 2 is known"
+    assert all(view.image.any() and view.depth is not None and (view.depth >= 0).all() for view in again)
+    next(iter(Synthetic(name="synthetic", width=48, height=32, seed=1).batches()))
+    assert len(rendered) == 4, "another room"
+    monkeypatch.setattr(synthetic, "KEPT_BYTES", 3 * 4 * 48 * 32 * (3 + 4))
+    list(source.batches())
+    assert len(synthetic._KEPT) == 3
+    before = len(rendered)
+    list(source.batches())
+    assert len(rendered) == before, "the oldest have left, what was asked for last stays"
 
 
 def test_synthetic_key_follows_the_pixels() -> None:

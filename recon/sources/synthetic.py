@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 
 SURFACE_DETAIL, SURFACE_SPACING_M = 3, 0.01
 """The ground-truth surface is seen at this multiple of the resolution and thinned to this spacing."""
+
+KEPT_BYTES = 256 * 2**20
+"""Of rendered time steps, in the process: calibration, accuracy of both networks and stream look at the same ones, and
+a step takes a second to render on two cores."""
+_KEPT: OrderedDict[tuple[str, int], list[View]] = OrderedDict()
+_KEEPING = Lock()
 
 
 @dataclass
@@ -139,7 +147,20 @@ class Synthetic(Source):
         return steps[: self.max_batches] if self.max_batches else steps
 
     def _views(self, scene: Scene, rig: Rig, step: int) -> list[View]:
-        """All cameras at one time step: nothing is kept between steps."""
+        """All cameras at one time step: the caller's own, rendered now or lately."""
+        key = (self.content_key(), step)
+        with _KEEPING:
+            found = _KEPT.get(key)
+        if found is None:
+            found = self._rendered(scene, rig, step)
+        with _KEEPING:
+            _KEPT[key] = found
+            _KEPT.move_to_end(key)
+            while len(_KEPT) > 1 and sum(map(_size, _KEPT.values())) > KEPT_BYTES:
+                _KEPT.popitem(last=False)
+        return [_copy(view) for view in found]
+
+    def _rendered(self, scene: Scene, rig: Rig, step: int) -> list[View]:
         import torch
 
         from recon.scene.render import render, stack
@@ -159,6 +180,14 @@ class Synthetic(Source):
             View(f"cam{number}", step, images[i], rig.K[number], rig.T_world_cam[number], depths[i], time_s)
             for i, number in enumerate(numbers)
         ]
+
+
+def _size(views: list[View]) -> int:
+    return sum(view.image.nbytes + (view.depth.nbytes if view.depth is not None else 0) for view in views)
+
+
+def _copy(view: View) -> View:
+    return replace(view, image=view.image.copy(), depth=view.depth.copy() if view.depth is not None else None)
 
 
 def _seen(scene: Scene, rig: Rig) -> tuple[Array, Array]:
