@@ -212,7 +212,7 @@ def test_the_reference_on_cuda_is_fp32_and_leaves_nothing_behind() -> None:
             assert reference.device == "cuda"
             found = measure(host, reference, feeds, size=(168, 224))
         left.append(torch.cuda.memory_allocated())
-    assert found["rel_l2_max"] < 1e-5, "TF32 would be 1e-3 off"
+    assert found["rel_l2_max"] < 5e-5, "TF32 would be 1e-3 off"
     assert left[1] <= left[0]
 
 
