@@ -5,7 +5,23 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from recon.errors import ReconError
+
 MIB = 2**20
+
+
+def require_device(device: str, key: str) -> None:
+    """Raise ReconError, naming the configuration's key, unless `device` is cpu, cuda or cuda:N and PyTorch sees it."""
+    if device == "cpu":
+        return
+    kind, colon, index = device.partition(":")
+    if kind != "cuda" or (colon and not index.isdecimal()):
+        raise ReconError(f"{key}={device}: no such device", "choose cpu, cuda or cuda:N")
+    import torch
+
+    count = torch.cuda.device_count()
+    if count <= int(index or 0):
+        raise ReconError(f"{key}={device}: this PyTorch {torch.__version__} sees {count} CUDA devices", f"{key}=cpu")
 
 
 @cache

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recon.errors import ReconError, Refused
+from recon.machine import require_device
 
 CODECS = {"h264": "libx264", "mpeg4": "mpeg4"}
 """Video codecs by their name in the configuration, with FFmpeg's encoder for each."""
@@ -70,9 +71,12 @@ class SensitivityOptions:
     """Inputs of the network that errors are measured on, none of which calibration saw."""
     budget: float = 0.1
     """Share of the network's multiply-adds that the keep-list may leave unquantised, 0 to 1."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N: where the network runs, once for each block and input."""
 
     def check(self) -> None:
         """Raises ReconError for an impossible value."""
+        require_device(self.device, "sensitivity.device")
         rules = {
             "group": (self.group in ("block", "kind", "layer"), "choose block, kind or layer"),
             "batches": (self.batches >= 1, "must be at least 1"),

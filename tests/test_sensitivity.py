@@ -112,13 +112,25 @@ def test_a_budget_too_small_for_any_block_is_said(config: Config, tmp_path: Path
     assert keep_list([str(tmp_path / "keep.json")]) == ()
 
 
+@pytest.mark.gpu
+def test_blocks_rank_alike_on_the_gpu(config: Config) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        store = Store(replace(config, sensitivity=SensitivityOptions(batches=1, budget=0.3, device=device)))
+        found.append(analyse(store, store.networks()["depth"]))
+    host, there = found
+    assert there.kept == host.kept
+    scores = {effect.block: effect.score for effect in host.blocks}
+    assert {effect.block: effect.score for effect in there.blocks} == pytest.approx(scores, rel=0.05)
+
+
 def test_nothing_quantised_is_refused_before_any_work(config: Config) -> None:
     plain = replace(config, precision=option("precision", "fp16"))
     with pytest.raises(ReconError, match="quantise no layer"):
         check(plain)
 
 
-@pytest.mark.parametrize("knobs", [{"group": "all"}, {"batches": 0}, {"budget": 1.0}])
+@pytest.mark.parametrize("knobs", [{"group": "all"}, {"batches": 0}, {"budget": 1.0}, {"device": "gpu"}])
 def test_impossible_options(knobs: dict[str, Any]) -> None:
     with pytest.raises(ReconError, match=f"sensitivity.{next(iter(knobs))}"):
         SensitivityOptions(**knobs).check()

@@ -11,7 +11,8 @@ from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import Inspection, LayerFormat, RestFormat
 from recon.kernels import FORM_VERSION
-from recon.lowbit.support import device_name, refusal, require_device
+from recon.lowbit.support import device_name, refusal
+from recon.machine import require_device
 
 KERNELS = ("auto", "recon", "inductor")
 
@@ -47,7 +48,7 @@ class Inductor(Engine):
 
     def check(self) -> None:
         super().check()
-        require_device(self.device)
+        require_device(self.device, "engine.device")
         if self.cuda_graph and self.device == "cpu":
             raise ReconError("engine.cuda_graph=true with engine.device=cpu", "engine.cuda_graph=null, or device=cuda")
         if self.kernels not in KERNELS:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import Inspection, LayerFormat, Recipe, RestFormat
-from recon.lowbit.support import device_name, full_fp32, refusal, require_device
-from recon.machine import MIB, rss_mib
+from recon.lowbit.support import device_name, full_fp32, refusal
+from recon.machine import MIB, require_device, rss_mib
 from recon.network import Network, TensorSpec
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Torch(Engine):
 
     def check(self) -> None:
         super().check()
-        require_device(self.device)
+        require_device(self.device, "engine.device")
 
     def refuses(self, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
         if not self.simulate:

@@ -97,10 +97,10 @@ class Fusion(Component):
     """cpu, cuda or cuda:N: where the map lies and is fused and rendered."""
 
     def check(self) -> None:
-        from recon.fusion.device import require_device
+        from recon.machine import require_device
 
         super().check()
-        require_device(self.device)
+        require_device(self.device, "fusion.device")
         if not 0 < self.max_depth < float("inf"):
             raise ReconError(f"fusion.max_depth={self.max_depth}: must be positive and finite", "10 is ten map units")
         if not self.voxel > 0:

@@ -6,24 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
-from recon.errors import ReconError
 from recon.formats import LayerFormat, RestFormat
-
-
-def require_device(device: str) -> None:
-    """Raise ReconError unless `device` is cpu, cuda or cuda:N, and this PyTorch sees it."""
-    if device == "cpu":
-        return
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index or "0").isdigit():
-        raise ReconError(f"engine.device={device}: no such device", "choose cpu, cuda or cuda:N")
-    import torch
-
-    if torch.cuda.device_count() <= int(index or 0):
-        raise ReconError(
-            f"engine.device={device}: this PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
-            "engine.device=cpu",
-        )
 
 
 def device_name(device: str) -> str:

@@ -8,26 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recon.errors import ReconError
-
 if TYPE_CHECKING:
     import torch
-
-
-def require_device(device: str) -> None:
-    """Raise ReconError unless `device` is cpu, cuda or cuda:N, and this PyTorch sees it."""
-    if device == "cpu":
-        return
-    kind, colon, index = device.partition(":")
-    if kind != "cuda" or (colon and not index.isdecimal()):
-        raise ReconError(f"fusion.device={device}: no such device", "choose cpu, cuda or cuda:N")
-    import torch
-
-    count = torch.cuda.device_count()
-    if count <= int(index or 0):
-        raise ReconError(
-            f"fusion.device={device}: this PyTorch {torch.__version__} sees {count} CUDA devices", "fusion.device=cpu"
-        )
 
 
 def free_bytes(device: torch.device) -> int | None:
