@@ -81,10 +81,11 @@ def data_key(options: CalibrationOptions, source: Source, views: int) -> str:
     return data_hash(options, source, views)
 
 
-def calibrate(network: Network, base: Path, out: Path, config: Config, role: str, key: str) -> dict[str, Any]:
+def calibrate(network: Network, base: Path | None, out: Path, config: Config, role: str, key: str) -> dict[str, Any]:
     """Write the ranges of a network to `out` (.npz) and return facts for its manifest.
 
-    base: the network's FP32 ONNX file. role: `model` or `depth`. key: identity of model, geometry, options and data.
+    base: the network's FP32 ONNX file; None for an engine that takes no graph: layers' inputs alone are looked at then.
+    role: `model` or `depth`. key: identity of model, geometry, options and data.
 
     Raises:
         ReconError: frames that cannot be used (before anything expensive), or `calibration.file` is of another key.
@@ -93,7 +94,8 @@ def calibrate(network: Network, base: Path, out: Path, config: Config, role: str
 
     options = config.calibration
     if options.file is not None:
-        return _taken_over(_given(Path(options.file), network), out, network, config, role, key)
+        given = _given(Path(options.file), network, out.name)
+        return _taken_over(given, out, network, config, key, graph=base is not None)
     from recon.observe import graph_maxima, layer_inputs
 
     found = sample(config, network, role, options.batches)
@@ -102,14 +104,14 @@ def calibrate(network: Network, base: Path, out: Path, config: Config, role: str
     observers = layer_inputs(network, found.feeds, options.bins if options.method != "max" else 0, specials)
     inputs = {path: observer.range(options.method, options.percentile) for path, observer in observers.items()}
     largest = {path: observer.largest for path, observer in observers.items()}
-    values = graph_maxima(base, found.feeds)
+    values = graph_maxima(base, found.feeds) if base is not None else {}
     meta = {
         "version": VERSION,
         "key": key,
         "method": options.method,
         "count": len(found.feeds),
         "source": found.origin,
-        **_identity(network, config, role),
+        **_identity(network, config),
     }
     _write(out, inputs, largest, values, meta)
     return _facts(meta, inputs, largest, values) | {"frames": [list(ids) for ids in found.ids]}
@@ -158,7 +160,7 @@ def _write(
     np.savez(out, **arrays)  # type: ignore[arg-type]
 
 
-def _identity(network: Network, config: Config, role: str) -> dict[str, Any]:
+def _identity(network: Network, config: Config) -> dict[str, Any]:
     """Parts of the key by name, so that a refusal can say what changed."""
     views = next(iter(network.inputs.values())).shape[0]
     return {
@@ -184,19 +186,23 @@ def _facts(
     }
 
 
-def _given(file: Path, network: Network) -> Path:
-    found = file / f"{network.name}.npz" if file.is_dir() else file
+def _given(file: Path, network: Network, name: str) -> Path:
+    """In a folder, the file of the wanted name, else the one that holds a graph's values as well."""
+    found = file
+    if file.is_dir():
+        found = file / name if (file / name).is_file() else file / f"{network.name}.npz"
     if not found.is_file():
         raise ReconError(f"calibration.file={file}: no {found.name} in it", "run stages=[calibrate] without it first")
     return found
 
 
-def _taken_over(file: Path, out: Path, network: Network, config: Config, role: str, key: str) -> dict[str, Any]:
-    """Ranges made earlier, after making sure that they are of this model, geometry and data."""
+def _taken_over(file: Path, out: Path, network: Network, config: Config, key: str, graph: bool) -> dict[str, Any]:
+    """Ranges made earlier, after making sure that they are of this model, geometry and data; graph: and graph."""
     ranges, meta = _read(file)
-    if ranges.key != key:
-        now = _identity(network, config, role)
-        changed = [name for name, value in now.items() if meta.get(name) != value] or ["exported graph"]
+    now = _identity(network, config)
+    changed = [name for name, value in now.items() if meta.get(name) != value]
+    if ranges.key != key and (changed or graph):
+        changed = changed or ["exported graph"]
         stated = {name: (meta.get(name), now.get(name)) for name in changed if name in ("network", "geometry")}
         detail = "".join(f"; {name} was {was}, is {is_now}" for name, (was, is_now) in stated.items())
         raise ReconError(

@@ -78,6 +78,8 @@ def finish(run: Run) -> Path:
 
 def export(run: Run) -> str:
     """Networks to ONNX."""
+    if not run.store.exports:
+        return f"not needed: engine={run.config.engine.name} takes the torch module; stages=[export] writes it"
     outcomes = []
     for network in run.store.networks().values():
         artifact = exported(run.store, network)

@@ -33,7 +33,7 @@ def plan(config: Config) -> list[dict[str, str]]:
 def _rows(stage: str, store: Store) -> Iterator[dict[str, str]]:
     force = stage in store.config.force
     networks = store.networks().values()
-    if stage == "export":
+    if stage == "export" and store.exports:
         for network in networks:
             yield _row(stage, store.base_path(network), "onnx", store.base_key(network), network.memory_mib, force)
     if stage == "calibrate" and store.needs_calibration:
@@ -63,7 +63,7 @@ def _without(stage: str, store: Store) -> str:
         return "not needed" if not store.needs_calibration else "no network"
     if stage in ("export", "sensitivity") and not store.networks():
         return "no network"
-    return "not needed" if stage == "build" else "always runs"
+    return "not needed" if stage in ("build", "export") else "always runs"
 
 
 def _row(stage: str, path: Path, kind: str, key: str, memory_mib: float, force: bool) -> dict[str, str]:

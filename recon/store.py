@@ -91,12 +91,19 @@ class Store:
         """Whether ranges decide something: Q/DQ scales of inputs, or which values FP16 cannot hold."""
         return self.config.precision.rest_format == "fp16" or any(found.calibrated for found in self.formats())
 
+    @property
+    def exports(self) -> bool:
+        """Whether stage `export` writes graphs: for an engine that is built from them, or where nothing is built."""
+        return self.config.engine.needs_onnx or "build" not in self.config.stages
+
     def base_path(self, network: Network) -> Path:
         """The FP32 graph as exported, shared by all modes and precisions."""
         return self.root / "engines" / PLAIN["quant_mode"] / f"{network.name}_{PLAIN['precision']}.onnx"
 
     def ranges_path(self, network: Network) -> Path:
-        return self.root / "engines" / "calibration" / f"{network.name}.npz"
+        """Of a graph's values and layers' inputs, or of the inputs alone where the engine takes no graph."""
+        part = "" if self.config.engine.needs_onnx else "_layers"
+        return self.root / "engines" / "calibration" / f"{network.name}{part}.npz"
 
     def folder(self) -> Path:
         return self.root / "engines" / self.config.quant_mode.name
@@ -136,7 +143,9 @@ class Store:
             if source.name != "synthetic" or path is not None or known not in _RENDERED:
                 _RENDERED[known] = data_key(self.config.calibration, source, views)
             self._data_keys[role] = _RENDERED[known]
-        return content_key([CALIBRATION_VERSION, self.base_key(network), settings, self._data_keys[role]])
+        graph = self.base_key(network) if self.config.engine.needs_onnx else ""
+        looked_at = [network.name, network.settings, network.weights_key, graph]
+        return content_key([CALIBRATION_VERSION, looked_at, settings, self._data_keys[role]])
 
     def onnx_key(self, network: Network) -> str:
         """Key of the graph with this configuration's formats written into it."""
@@ -224,13 +233,15 @@ def calibrated(store: Store, network: Network) -> Artifact:
     """Ranges of a network's values over the calibration frames."""
     from recon.calibration import calibrate
 
-    base, path, role = exported(store, network), store.ranges_path(network), store.role(network)
+    base = exported(store, network) if store.config.engine.needs_onnx else None
+    path, role = store.ranges_path(network), store.role(network)
     key = store.ranges_key(network, role)
 
     def make(folder: Path) -> dict[str, Any]:
-        return calibrate(network, base.path, folder / path.name, store.config, role, key)
+        return calibrate(network, base.path if base else None, folder / path.name, store.config, role, key)
 
-    return _obtain(store, path, "calibration", "calibrate", key, make, network, [base.key], plain=True)
+    parents = [base.key] if base else []
+    return _obtain(store, path, "calibration", "calibrate", key, make, network, parents, plain=True)
 
 
 def written(store: Store, network: Network) -> Artifact:

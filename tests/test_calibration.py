@@ -335,7 +335,7 @@ def test_values_of_a_large_graph_are_not_all_kept(tmp_path: Path) -> None:
     assert peak_rss_mib() - before < 320, "16 MiB per value: all 40 would be 640"
 
 
-def run(settings: Config, base: Path, out: Path, net: Network | None = None, key: str = "key") -> dict[str, Any]:
+def run(settings: Config, base: Path | None, out: Path, net: Network | None = None, key: str = "key") -> dict[str, Any]:
     return calibrate(net or vggt(), base, out, settings, "model", key)
 
 
@@ -374,6 +374,19 @@ def test_a_given_file_is_taken_when_it_fits_and_refused_with_what_changed(twin: 
     for word, (settings, net) in cases.items():
         with pytest.raises(ReconError, match=f"another .*{word}"):
             run(settings, twin, tmp_path / "c.npz", net, key="another")
+
+
+def test_an_engine_without_a_graph_has_no_graph_made_and_takes_ranges_of_one(twin: Path, tmp_path: Path) -> None:
+    facts = run(config(batches=1), None, tmp_path / "vggt_layers.npz")
+    alone = read_ranges(tmp_path / "vggt_layers.npz")
+    assert facts["values"] == 0
+    assert alone.values == {}
+    run(config(batches=1), twin, tmp_path / "a.npz", key="with graph")
+    assert alone.inputs == read_ranges(tmp_path / "a.npz").inputs
+    given = config(batches=1, file=str(tmp_path / "a.npz"))
+    assert run(given, None, tmp_path / "b.npz", key="of layers")["taken_from"] == str(tmp_path / "a.npz")
+    with pytest.raises(ReconError, match="another exported graph"):
+        run(config(batches=1, file=str(tmp_path / "vggt_layers.npz")), twin, tmp_path / "c.npz", key="with graph")
 
 
 def replace_source(settings: Config, **knobs: Any) -> Config:

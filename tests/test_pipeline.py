@@ -68,6 +68,19 @@ def test_every_stage_leaves_its_part(built: Path) -> None:
     assert {"report.html", "overview.png"} <= {path.name for path in (built / "runs" / "first").iterdir()}
 
 
+def test_an_engine_that_takes_the_torch_module_needs_no_onnx_at_all(tmp_path: Path) -> None:
+    precision = replace(option("precision", "int8"), rest="fp32")
+    settings = config(tmp_path, ENGINES, engine=option("engine", "torch"), precision=precision)
+    assert [row["cache"] for row in plan(settings)] == ["not needed", "miss", "not needed", "always runs"]
+    state = ran(settings, tmp_path / "runs" / "one")
+    assert state.rows[0].outcome == "not needed: engine=torch takes the torch module; stages=[export] writes it"
+    assert "calibrated" in state.rows[1].outcome
+    assert [path.name for path in tmp_path.rglob("*.npz")] == ["da2-twin-1x3x84x112_layers.npz"]
+    assert not list(tmp_path.rglob("*.onnx"))
+    ran(replace(settings, stages=["export"]), tmp_path / "runs" / "two")
+    assert len(list(tmp_path.rglob("*.onnx"))) == 1
+
+
 def test_everything_is_reused_and_plan_says_so(built: Path) -> None:
     settings = config(built, ["export", "build", "reconstruct"])
     assert [row["cache"] for row in plan(settings)] == ["hit", "hit", "hit"]
