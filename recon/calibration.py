@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recon.artifact import content_key
 from recon.errors import ReconError
 from recon.formats import Ranges
 
@@ -165,6 +166,7 @@ def _identity(network: Network, config: Config) -> dict[str, Any]:
     views = next(iter(network.inputs.values())).shape[0]
     return {
         "network": network.name,
+        "settings": content_key(network.settings),
         "weights": network.weights_key,
         "geometry": {name: list(spec.shape) for name, spec in network.inputs.items()},
         "data": data_key(config.calibration, config.source, views),

@@ -102,8 +102,8 @@ def analyse(store: Store, network: Network) -> Sensitivity:
     found = sample(store.config, network, role, options.batches, skip=store.config.calibration.batches)
     module, groups = network.load().eval(), grouped(list(recipe.layers), options.group)
     size = next(iter(network.inputs.values())).shape[-2:]
-    told = steps(f"Sensitivity of {network.name}", len(groups) + 2)
-    with TorchSession(network, module, options.device) as session, told as tick:
+    progress = steps(f"Sensitivity of {network.name}", len(groups) + 2)
+    with TorchSession(network, module, options.device) as session, progress as tick:
         reference = _Stored(session, [session.infer(feeds) for feeds in found.feeds])
 
         def effect(block: str, layers: tuple[str, ...]) -> Effect:

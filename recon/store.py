@@ -143,8 +143,8 @@ class Store:
             if source.name != "synthetic" or path is not None or known not in _RENDERED:
                 _RENDERED[known] = data_key(self.config.calibration, source, views)
             self._data_keys[role] = _RENDERED[known]
-        graph = self.base_key(network) if self.config.engine.needs_onnx else ""
-        looked_at = [network.name, network.settings, network.weights_key, graph]
+        module = [network.name, network.settings, network.weights_key]
+        looked_at = self.base_key(network) if self.config.engine.needs_onnx else module
         return content_key([CALIBRATION_VERSION, looked_at, settings, self._data_keys[role]])
 
     def onnx_key(self, network: Network) -> str:

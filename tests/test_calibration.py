@@ -368,6 +368,7 @@ def test_a_given_file_is_taken_when_it_fits_and_refused_with_what_changed(twin: 
     cases = {
         "data": (other_data, vggt()),
         "weights": (taken, replace(vggt(), weights_key="other")),
+        "settings": (taken, replace(vggt(), settings={"points": True})),
         "geometry": (taken, vggt(3)),
         "options": (config(batches=1, method="entropy", file=taken.calibration.file), vggt()),
     }
@@ -385,6 +386,8 @@ def test_an_engine_without_a_graph_has_no_graph_made_and_takes_ranges_of_one(twi
     assert alone.inputs == read_ranges(tmp_path / "a.npz").inputs
     given = config(batches=1, file=str(tmp_path / "a.npz"))
     assert run(given, None, tmp_path / "b.npz", key="of layers")["taken_from"] == str(tmp_path / "a.npz")
+    with pytest.raises(ReconError, match="another settings"):
+        run(given, None, tmp_path / "c.npz", replace(vggt(), settings={"points": True}), key="of layers")
     with pytest.raises(ReconError, match="another exported graph"):
         run(config(batches=1, file=str(tmp_path / "vggt_layers.npz")), twin, tmp_path / "c.npz", key="with graph")
 
