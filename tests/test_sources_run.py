@@ -107,14 +107,17 @@ def test_a_run_from_cameras_with_black_pictures_goes_on(tmp_path: Path) -> None:
     write_video(tmp_path / "left.mp4", even(100, 5))  # 20 s: it must outlast the bootstrap on a busy machine
     write_video(tmp_path / "right.mkv", even(100, 5), codec="ffv1", images=black)
     devices = [f"left={tmp_path / 'left.mp4'}", f"right={tmp_path / 'right.mkv'}"]
-    source = Webcams(name="webcams", devices=devices, rig=rig(tmp_path), start_s=0.0, stall_s=0.5, max_batches=12)
+    source = Webcams(name="webcams", devices=devices, rig=rig(tmp_path), start_s=0.0, stall_s=5.0, max_batches=12)
     metrics = metrics_of(source, tmp_path)
     assert metrics["scale"]["unit"] == "m"
-    right = metrics["source"]["cameras"]["right"]
+    left, right = (metrics["source"]["cameras"][name] for name in ("left", "right"))
     assert right["lost"]["black"] == 4
     assert [event["what"] for event in right["events"]][-1] == "is back (was black)"
     assert {row["camera"] for row in metrics["frames"]} == {"left", "right"}
-    assert metrics["source"]["cameras"]["left"]["delivered"] == 12
+    assert (left["lost"], left["events"]) == ({}, [])
+    assert metrics["source"]["batches"] == 12
+    assert left["delivered"] + right["delivered"] == 24 - metrics["source"]["incomplete_moments"]
+    assert left["delivered"] >= right["delivered"]
 
 
 @pytest.mark.parametrize(

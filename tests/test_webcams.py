@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from video_files import SIZE, even, numbered, read_number, write_video
 
 from recon.errors import ReconError
+from recon.sources.capture import Device, LiveRig, Shot
 from recon.sources.webcams import Webcams
 
 
@@ -161,6 +163,52 @@ def test_sizes_of_images_are_known_before_the_capture(files: list[str]) -> None:
 def test_every_session_is_another(files: list[str]) -> None:
     source = cameras(files[0])
     assert source.content_key() == source.content_key() != cameras(files[0]).content_key()
+
+
+# --- frames by hand, so that their order is certain ------------------------------------------------------------------
+
+
+@pytest.fixture
+def rig(files: list[str]) -> Iterator[LiveRig]:
+    """Two cameras that capture nothing by themselves, 50 ms of skew allowed."""
+    opened = LiveRig([Device("left", files[0]), Device("right", files[1])], 0.05, stall_s=30.0, retry_s=0.1)
+    yield opened
+    opened.close()
+
+
+def show(rig: LiveRig, camera: str, time_s: float) -> None:
+    number = round(10 * time_s)
+    rig.captures[camera]._keep(Shot(number, time_s, numbered(number)))
+
+
+def taken(found: dict[str, Shot]) -> dict[str, float]:
+    return {name: shot.time_s for name, shot in found.items()}
+
+
+def test_a_camera_that_comes_back_too_late_for_its_moment_costs_the_others_nothing(rig: LiveRig) -> None:
+    rig.captures["right"].trouble = "black"
+    show(rig, "left", 1.2)
+    assert taken(rig.take(1.0)) == {"left": 1.2}
+    show(rig, "right", 1.2)  # it sees again, but this moment has been handed out
+    show(rig, "left", 1.4)
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(rig.take, 30.0)
+        end = time.monotonic() + 20
+        while rig.captures["right"].ring and time.monotonic() < end:
+            time.sleep(0.01)
+        show(rig, "right", 1.41)
+        assert taken(batch.result(20)) == {"left": 1.4, "right": 1.41}
+    assert (rig.states["left"].dropped, rig.states["right"].dropped, rig.incomplete) == (0, 1, 1)
+
+
+def test_cameras_that_never_see_the_same_moment_take_turns(rig: LiveRig) -> None:
+    seen = []
+    show(rig, "left", 0.0)
+    for number in range(1, 6):
+        show(rig, ("left", "right")[number % 2], number / 10)
+        seen.append(taken(rig.take(1.0)))
+    assert seen == [{("left", "right")[n % 2]: n / 10} for n in range(5)]
+    assert (rig.states["left"].dropped, rig.states["right"].dropped, rig.alone) == (0, 0, 5)
 
 
 # --- a camera with faults --------------------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ class LiveRig:
         self.skews_ms: deque[float] = deque(maxlen=100_000)
         self.incomplete = self.alone = 0
         self._began = 0.0
+        self._handed: dict[str, float] = {}  # time of the last frame that each camera handed out
         try:
             for device in devices:
                 self.captures[device.name] = Capture(device, self.states[device.name], self.changed, retry_s)
@@ -276,7 +277,9 @@ class LiveRig:
                 ready = {name: capture for name, capture in self.captures.items() if capture.ring}
                 missing = [c for name, c in self.captures.items() if name not in ready and not c.ended]
                 if ready and all(capture.trouble for capture in missing):
-                    return self._choose(ready)
+                    if found := self._choose(ready):
+                        return found
+                    continue
                 if not ready and (not missing or waited > give_up_s):
                     return {}
                 if ready and waited > self.stall_s:
@@ -288,22 +291,31 @@ class LiveRig:
                 self.changed.wait(max(limit - waited, 0.0) + 0.01)
 
     def _choose(self, ready: dict[str, Capture]) -> dict[str, Shot]:
+        """The frames of the newest moment that all of `ready` have reached; empty if that moment is over.
+
+        It is over when a camera gave its frame of it to an earlier batch, because another one was in trouble then. The
+        frame with which that one comes back is dropped, so that the next moment finds them together.
+        """
         target = min(capture.ring[-1].time_s for capture in ready.values())
-        found = {}
-        for name, capture in ready.items():
-            shot = min(capture.ring, key=lambda shot: abs(shot.time_s - target))
-            if abs(shot.time_s - target) > self.max_skew_s:
-                continue
+        nearest = {name: min(c.ring, key=lambda shot: abs(shot.time_s - target)) for name, c in ready.items()}
+        found = {name: shot for name, shot in nearest.items() if abs(shot.time_s - target) <= self.max_skew_s}
+        gone = any(abs(self._handed.get(n, -np.inf) - target) <= self.max_skew_s for n in ready.keys() - found.keys())
+        for name, shot in found.items():
+            capture = ready[name]
             while capture.ring[0] is not shot:
                 capture.ring.popleft()
                 capture.state.dropped += 1
             capture.ring.popleft()
-            found[name] = shot
+            capture.state.dropped += gone
+        return {} if gone else self._hand_out(found)
+
+    def _hand_out(self, found: dict[str, Shot]) -> dict[str, Shot]:
         times = [shot.time_s for shot in found.values()]
         if len(times) > 1:
             self.skews_ms.append(1e3 * (max(times) - min(times)))
         self.incomplete += len(found) < len(self.captures)
         self.alone += len(found) == 1 < len(self.captures)
+        self._handed |= {name: shot.time_s for name, shot in found.items()}
         return found
 
     def forget(self) -> None:
