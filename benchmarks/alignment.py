@@ -41,6 +41,8 @@ STREAM_GATES = Align(min_coverage=0.0, min_span=0.5)
 
 @dataclass(frozen=True)
 class Data:
+    """The recording: depth of the map and of the sensor by view, [H,W] metres each (0: none), and its simulator."""
+
     map_m: list[np.ndarray]
     sensor_m: list[np.ndarray]
     simulate: Callable[..., tuple[np.ndarray, tuple[float, float], np.ndarray]]
@@ -94,6 +96,7 @@ def haunted(data: Data, map_m: np.ndarray, share: float, rng: np.random.Generato
 
 
 def oracle(disparity: np.ndarray, sensor_m: np.ndarray, static: np.ndarray) -> tuple[float, float]:
+    """(s, t) of least squares of 1/z on the disparity with weights z^2, over the static pixels."""
     d, z = disparity[static], sensor_m[static]
     s, t = np.linalg.lstsq(np.stack([d, np.ones(len(d))], 1) * z[:, None], np.ones(len(d)), rcond=None)[0]
     return float(s), float(t)
@@ -287,6 +290,7 @@ def rows_single(samples_of: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[s
 
 
 def rows_cost(times: dict[str, list[float]]) -> Iterator[tuple[str, float | None, float]]:
+    """(figure, target, measured) of A4, in ms and percent."""
     if "batch_wall" in times:
         yield "A4 eight cameras: wall ms, median", None, float(np.median(times["batch_wall"]))
         return
@@ -296,6 +300,8 @@ def rows_cost(times: dict[str, list[float]]) -> Iterator[tuple[str, float | None
 
 
 def rows_stream(poor: list[dict[str, list[float]]], good: list[dict[str, list[float]]]) -> Iterator[Any]:
+    """(figure, target, measured) of A5 (coverage 12 %) and A6 (the whole view), in percent."""
+
     def mean(streams: list[dict[str, list[float]]], name: str) -> float:
         return float(np.mean(np.concatenate([one[name] for one in streams])))
 
@@ -330,6 +336,7 @@ def measure(data: Data, frames: int = 250, device: str = "") -> tuple[list[dict[
 
 
 def main() -> int:
+    """Measure, print the table, write the raw samples; 1 on a miss."""
     parser = argparse.ArgumentParser(description="Alignment against its acceptance figures A1 to A6")
     parser.add_argument("--data", type=Path, required=True, help="folder with views.npz and simulate.py")
     parser.add_argument("--out", type=Path, help="JSON with the rows and the raw samples")

@@ -32,6 +32,7 @@ STAGES = ("stages=[export,build]", "tracking=none")
 
 
 def main() -> None:
+    """Time commands and engines, write the raw samples, print the medians."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, required=True)
@@ -72,10 +73,12 @@ def wall(arguments: list[str], folder: Path) -> float:
 
 
 def engines(folder: Path) -> list[Path]:
+    """The ONNX Runtime engines that the command has built below a folder."""
     return sorted(path for path in folder.rglob("*.onnxruntime.engine") if path.is_file())
 
 
 def version(package: str) -> str:
+    """The installed version of a package."""
     from importlib.metadata import version
 
     return version(package)
@@ -140,6 +143,7 @@ def settings() -> list[tuple[str, Any]]:
 
 
 def plain(onnx: Path, options: Any, arrays: dict[str, np.ndarray]) -> Callable[[], object]:
+    """A call of plain ONNX Runtime on these arrays, in a session with these options."""
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])

@@ -37,6 +37,7 @@ Row = tuple[str, float, str, float]  # figure, measured, "<=" or ">=", target
 
 
 def main() -> None:
+    """Measure both voxel sizes, write the raw samples, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -203,6 +204,7 @@ def ghost(frames: list[Frame], rows: list[Row], voxel: float = 0.02) -> dict[str
 
 
 def near_cube(fused: Map, centre: NDArray[np.float64]) -> int:
+    """How many points of the map lie within 3 cm of the surface of the 40 cm cube at `centre`."""
     offset = np.abs(fused.points().points - centre).max(1)
     return int(np.sum(np.abs(offset - 0.2) < 0.03))
 
@@ -226,11 +228,13 @@ def raw_grid(frames: list[Frame], voxel: float, side: int, capacity: int) -> Any
 
 
 def raw_mesh(grid: Any) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Vertices [N,3] in metres and triangles [M,3] of Open3D's own grid."""
     mesh = grid.extract_triangle_mesh(0.5)
     return mesh.vertex.positions.numpy(), mesh.triangle.indices.numpy()
 
 
 def fuse(option: Tsdf | Surfel, frames: list[Frame]) -> Map:
+    """The option's map with all frames in it."""
     fused = option.create()
     for step, view, _ in frames:
         fused.integrate(view, step)
@@ -251,11 +255,13 @@ def mesh_score(mesh: tuple[NDArray[Any], NDArray[Any]], data: Path, bit: int) ->
 
 
 def point_score(points: NDArray[np.float32], data: Path, bit: int) -> dict[str, float]:
+    """Precision and recall of surfels' points, which have no triangles to measure to."""
     reference, seen = reference_points(data, bit)
     return surface_metrics(points, reference, 0.02, seen)
 
 
 def reference_points(data: Path, bit: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Points of the reference surface, [N,3] metres, and which of them the frames of `bit` have seen."""
     with np.load(data / "reference_points.npz") as file:
         return file["points_mm"] / 1000.0, (file["seen"] & bit) > 0
 
@@ -295,6 +301,7 @@ def rays(K: NDArray[Any], T: NDArray[Any], width: int, height: int) -> NDArray[n
 
 
 def plane(degrees: float, K: NDArray[Any], T: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
+    """Exact z-depth, [H,W] float32 metres, of the plane through (0, 0, 2) turned by `degrees` about y; 0 beyond 6 m."""
     normal = np.array([np.sin(np.deg2rad(degrees)), 0, -np.cos(np.deg2rad(degrees))])
     depth = ((np.array([0, 0, 2.0]) - T[:3, 3]) @ normal) / (rays(K, T, width, height) @ normal)
     return np.where((depth > 0) & (depth < 6), depth, 0).astype(np.float32)
@@ -322,10 +329,12 @@ def with_cube(view: PosedDepth, centre: NDArray[np.float64]) -> PosedDepth:
 
 
 def passes(measured: float, sign: str, target: float) -> bool:
+    """Whether a figure keeps its target."""
     return measured <= target if sign == "<=" else measured >= target
 
 
 def machine() -> dict[str, Any]:
+    """CPU, cores, versions."""
     versions = {"python": platform.python_version(), "open3d": open3d().__version__}
     return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions}
 

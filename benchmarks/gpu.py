@@ -159,6 +159,7 @@ def percentiles(samples: list[float]) -> dict[str, Any]:
 
 
 def peak_gib() -> float:
+    """Most GPU memory that torch held at once since `clear`."""
     return torch.cuda.max_memory_allocated() / 2**30
 
 

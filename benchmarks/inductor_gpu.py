@@ -142,6 +142,7 @@ def build_one(name: str, mode: str, folder: Path, device: str, autotune: bool) -
 
 
 def package(folder: Path, name: str, mode: str, autotune: bool) -> Path:
+    """Where the package of a network and a mode lies."""
     return folder / f"{name}_{mode}{'_autotuned' if autotune else ''}.pt2"
 
 
@@ -182,6 +183,7 @@ def timed(call: Callable[[], object], device: str, samples: int) -> list[float]:
 
 
 def row(name: str, mode: str, samples: list[float], **more: Any) -> dict[str, Any]:
+    """A row of the JSON: median and 99th percentile as elements of the sorted samples, and all samples."""
     ordered = sorted(samples)
     figures = {"p50_ms": ordered[len(ordered) // 2], "p99_ms": ordered[int(0.99 * (len(ordered) - 1))]}
     return {"network": name, "mode": mode, **figures, **more, "samples_ms": samples}

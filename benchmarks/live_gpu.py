@@ -150,6 +150,7 @@ def depth_of(
 
 
 def map_of(arguments: argparse.Namespace, device: torch.device) -> Map:
+    """An empty map on the device, of the representation that is asked for."""
     if arguments.fusion == "tsdf":
         return DeviceTsdfMap(Tsdf(voxel=arguments.voxel), device)
     from recon.fusion.device.surfels import DeviceSurfelMap
@@ -341,6 +342,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Write a recording, or stream one and write the JSON."""
     arguments = parser().parse_args()
     if arguments.what == "prepare":
         size = (arguments.size[0], arguments.size[1])

@@ -68,6 +68,7 @@ def things(source, surface: cKDTree) -> cKDTree:
 
 
 def main() -> None:
+    """Stream with and without the mask into both maps; draw the picture, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--moving", type=int, default=5)

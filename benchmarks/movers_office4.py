@@ -163,6 +163,7 @@ def _rigid(a: Array, b: Array) -> Array:
 
 
 def judges(batches: Batches, outlines: dict[int, Array]) -> Judges:
+    """What colour and the board's outline say of every pixel of every moment. outlines: [4,3] by moment."""
     found = Judges({}, {}, {}, {})
     for views in zip(*batches, strict=True):
         camera = views[0].camera
@@ -325,6 +326,7 @@ def pictures(folder: Path, name: str, live: Watched, batches: Batches, bootstrap
 
 
 def main() -> None:
+    """Make the depth and check it, stream with three masks into both maps, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of office4")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "movers_office4_cpu.json")

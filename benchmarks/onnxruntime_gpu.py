@@ -93,6 +93,10 @@ def prepare(work: Path, wanted: Sequence[str]) -> None:
 
 
 def write_graph(network: Any, base: Path, asked: str, seen: tuple[Any, Any], work: Path) -> None:
+    """One graph in the work folder, with two inputs and what the CPU provider makes of them beside it.
+
+    seen: largest absolute inputs by layer, and by value of the graph.
+    """
     from recon.config import option
     from recon.engines.onnxruntime import OnnxRuntime
     from recon.formats import Ranges
@@ -129,6 +133,7 @@ def prepared(work: Path) -> list[Graph]:
 
 
 def machine(provider: str) -> dict[str, Any]:
+    """Card, provider, versions, date."""
     import onnxruntime
 
     cuda = torch.cuda.is_available()
@@ -176,6 +181,7 @@ LIMITS = {"fp32": 5e-3, "fp16": 2e-2} | dict.fromkeys(EIGHT_BITS, 1e-1)
 
 
 def report(record: dict[str, Any]) -> None:
+    """The rows and the checks in a line or two each."""
     for row in record["latency"]:
         times = f"p50 {row['p50_ms']:7.3f}  p99 {row['p99_ms']:7.3f} ms  {row['memory_mib']:6.0f} MiB"
         print(f"{row['network']:10s} {row['asked']:20s} {times}  rel L2 {max(row['rel_l2'].values()):.1e}")

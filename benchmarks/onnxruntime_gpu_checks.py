@@ -31,14 +31,17 @@ class Graph:
 
 
 def label(graph: Graph) -> str:
+    """A graph's name in the checks."""
     return f"{graph.network} {graph.asked}"
 
 
 def engine_of(provider: str, **knobs: Any) -> OnnxRuntime:
+    """The engine on a provider."""
     return OnnxRuntime(name="onnxruntime", provider=provider, **knobs)
 
 
 def opened(engine: OnnxRuntime, path: Path) -> Session:
+    """A session of an optimised graph."""
     return engine.load(path)
 
 
@@ -58,6 +61,7 @@ def check(name: str, run: Callable[[], str]) -> dict[str, Any]:
 
 
 def checks(graphs: list[Graph], provider: str, work: Path) -> list[dict[str, Any]]:
+    """All checks that the provider can be put to, on the first graph."""
     graph = graphs[0]
     path = work / f"{graph.network}_{graph.asked}.{provider}.engine"
     engine = engine_of(provider)
@@ -81,6 +85,7 @@ def checks(graphs: list[Graph], provider: str, work: Path) -> list[dict[str, Any
 
 
 def refused(run: Callable[[], object], *words: str) -> str:
+    """First line of the ReconError that `run` raises; it must, and with these words in it."""
     try:
         run()
     except ReconError as error:
@@ -91,6 +96,7 @@ def refused(run: Callable[[], object], *words: str) -> str:
 
 
 def wrong_input(graph: Graph, session: Session) -> str:
+    """What `infer` says to another name, shape and dtype, and what a closed session says."""
     name, tensor = next(iter(graph.feeds[0].items()))
     said = [
         refused(lambda: session.infer({"other": tensor}), "other"),
@@ -102,6 +108,7 @@ def wrong_input(graph: Graph, session: Session) -> str:
 
 
 def outputs_stay(graph: Graph, session: Session) -> str:
+    """The first inference's outputs are the same, bit for bit, after the second."""
     with session:
         first = session.infer(graph.feeds[0])
         kept = {name: value.clone() for name, value in first.items()}
@@ -167,6 +174,7 @@ def ordered(graph: Graph, session: Session) -> str:
 
 
 def memory_back(graph: Graph, engine: OnnxRuntime, path: Path) -> str:
+    """GPU memory that is still taken after three sessions: less than one of them holds, or 64 MiB."""
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info()[0]
     for _ in range(3):
@@ -180,6 +188,7 @@ def memory_back(graph: Graph, engine: OnnxRuntime, path: Path) -> str:
 
 
 def true_fp32(graph: Graph, path: Path) -> str:
+    """Relative L2 against the CPU provider with TF32 and without, which must be FP32's own."""
     errors = {}
     for tf32 in (True, False):
         with opened(engine_of("cuda", tf32=tf32), path) as session:
@@ -201,6 +210,7 @@ def fallback(provider: str, work: Path) -> str:
 
 
 def without_tensorrt(graph: Graph, work: Path) -> str:
+    """What provider=tensorrt says where TensorRT is not installed."""
     try:
         import tensorrt
     except ImportError:
@@ -210,6 +220,7 @@ def without_tensorrt(graph: Graph, work: Path) -> str:
 
 
 def damaged(engine: OnnxRuntime, path: Path, work: Path) -> str:
+    """What `load` says to the first half of an engine file."""
     half = work / "half.engine"
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return refused(lambda: opened(engine, half), "half.engine")

@@ -39,6 +39,7 @@ class Sweep:
     specks: int = 30
 
     def depths(self) -> Array:
+        """[planes] metres, the farthest first."""
         return 1 / np.linspace(1 / self.far, 1 / self.near, self.planes)
 
 

@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
+    """Stream, fit the growth, print the figures, write the raw samples."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=10_000)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "soak_cpu.json")
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def watch(command: list[str], folder: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """RSS and frames done, every second until the command has ended."""
+    """RSS and frames done, every two seconds until the command has ended."""
     start, samples = time.monotonic(), []
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seen = psutil.Process(process.pid)

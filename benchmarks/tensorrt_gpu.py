@@ -79,10 +79,12 @@ def main() -> None:
 
 
 def label(graph: dict[str, Any]) -> str:
+    """A graph's name in the checks."""
     return f"{graph['name']} {graph['precision']}"
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Card, version of the runtime, where the plans come from, date."""
     found = library(arguments.flavour)
     return {
         "device": torch.cuda.get_device_name(), "capability": targets.here(), "torch": torch.__version__,
@@ -134,6 +136,7 @@ class Eager(Session):
 
 
 def row_of(graph: dict[str, Any], how: str, found: Any, errors: dict[str, float], plan: Path | None) -> dict[str, Any]:
+    """A row of the JSON; plan: None where PyTorch ran the network itself."""
     return {
         "network": graph["name"], "precision": graph["precision"] if plan else how.split(" ", 2)[2].lower(), "how": how,
         "p50_ms": found.percentile_ms(50), "p99_ms": found.percentile_ms(99), "memory_mib": found.session_memory_mib,
@@ -144,6 +147,7 @@ def row_of(graph: dict[str, Any], how: str, found: Any, errors: dict[str, float]
 
 
 def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """The rows and the checks in a line each."""
     for row in rows:
         errors = "  ".join(f"{name} {value:.1e}" for name, value in row["rel_l2"].items())
         times = f"p50 {row['p50_ms']:7.3f}  p99 {row['p99_ms']:7.3f} ms  {row['memory_mib']:6.0f} MiB"

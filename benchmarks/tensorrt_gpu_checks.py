@@ -29,6 +29,7 @@ TOLERANCE = {"fp16": 2e-2, "int8": 1e-1}  # relative L2 against ONNX Runtime on 
 
 
 def checks(built: list[Built], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All checks on plans of fixed shapes; most on the first plan, those with two plans on the first two."""
     found = [
         check(
             f"{graph['name']} {graph['precision']}: numbers of ONNX Runtime",
@@ -61,6 +62,7 @@ def check(name: str, run: Callable[[], str]) -> dict[str, Any]:
 
 
 def numbers(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> str:
+    """Relative L2 of every output against ONNX Runtime on the same graph, within `TOLERANCE`."""
     network = graph["network"]
     reference = OnnxRuntime(name="onnxruntime").open(graph["onnx"], "basic")
     with engine_of(arguments).load(plan) as session:
@@ -98,6 +100,7 @@ def threads(first: Built, second: Built, cuda_graph: bool, arguments: argparse.N
 
 
 def outputs_stay(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> str:
+    """The first inference's outputs are the same, bit for bit, after the second."""
     with engine_of(arguments).load(plan) as session:
         first = session.infer(graph["network"].example(1))
         kept = {name: tensor.clone() for name, tensor in first.items()}
@@ -127,6 +130,7 @@ def ordered(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) ->
 
 
 def shared(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> str:
+    """Two sessions of one plan: the second goes on when the first is closed. Free memory before, with both, after."""
     feeds = graph["network"].example(1)
     free = [torch.cuda.mem_get_info()[0]]
     first, second = (engine_of(arguments).load(plan) for _ in range(2))
@@ -200,6 +204,7 @@ def refusals(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -
 
 
 def refused(run: Callable[[], object], words: str) -> str:
+    """What the ReconError says that `run` raises; it must, and with these words in it."""
     said = ""
     try:
         run()
@@ -243,6 +248,7 @@ def attempt(path: Path, flavour: str) -> None:
 
 
 def dynamic_checks(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The checks on the plan with profiles, with CUDA graphs and without."""
     reference = graph["network"].load().cuda()
 
     def runs(cuda_graph: bool) -> str:
@@ -268,4 +274,5 @@ def dynamic_checks(graph: dict[str, Any], plan: Path, arguments: argparse.Namesp
 
 
 def worst(errors: dict[str, Any]) -> float:
+    """The largest relative L2 of all outputs."""
     return max(error.rel_l2 for error in errors.values())

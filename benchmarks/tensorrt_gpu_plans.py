@@ -140,6 +140,7 @@ def quantised_here(node: Any, constants: dict[str, Any], graph: Any) -> Any:
 
 
 def keep(node: Any, wanted: Callable[[Any], bool]) -> None:
+    """Take away a node's attributes that are not wanted."""
     kept = [entry for entry in node.attribute if wanted(entry)]
     del node.attribute[:]
     node.attribute.extend(kept)
@@ -157,6 +158,7 @@ class Dynamic(torch.nn.Module):
 
 
 def prepared_dynamic(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The graph of `Dynamic` with its profiles, as `prepared` gives those of fixed shapes."""
     torch.manual_seed(0)
     module, path = Dynamic().eval(), arguments.work / "dynamic_fp32.onnx"
     sizes = {0: torch.export.Dim("count", min=1, max=8), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -172,6 +174,7 @@ def prepared_dynamic(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def engine_of(arguments: argparse.Namespace, **knobs: Any) -> TensorRT:
+    """engine=tensorrt as the arguments have it."""
     return TensorRT(name="tensorrt", flavour=arguments.flavour, allow_host_code=bool(arguments.builder), **knobs)
 
 
@@ -204,6 +207,7 @@ def built(graph: dict[str, Any], arguments: argparse.Namespace) -> Path:
 
 
 def plan_facts(graph: dict[str, Any], arguments: argparse.Namespace, **other: Any) -> dict[str, Any]:
+    """What the manifest of a plan says that another program has built; `other` replaces facts, to forge one."""
     facts = {
         "flavour": "tensorrt", "version": arguments.built_by, "targets": [targets.here()],
         "gpu": torch.cuda.get_device_name(), "version_compatible": True, "host_code": True,

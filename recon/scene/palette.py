@@ -30,6 +30,7 @@ class Palette:
     wood: Vector
 
     def accent(self, rng: np.random.Generator) -> Vector:
+        """One of the accents, at random."""
         return self.accents[int(rng.integers(len(self.accents)))]
 
 
@@ -71,10 +72,12 @@ def plaster(color: Vector) -> Material:
 
 
 def cloth(color: Vector, pattern: Texture = Texture.NOISE, period: float = 0.12) -> Material:
+    """Cloth in a dark and a light tone of the colour, with a strong grain; `period`: of the pattern, in metres."""
     return Material(shade(color, 0.6), shade(color, 1.25), pattern, period, 0.4)
 
 
 def painted(color: Vector) -> Material:
+    """A painted surface: finer blotches than plaster, less grain than cloth."""
     return Material(shade(color, 0.75), color, Texture.NOISE, 0.3, 0.22)
 
 
