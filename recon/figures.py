@@ -88,14 +88,15 @@ def map_row(config: Config, result: Reconstruction, found: dict[str, Any]) -> Ro
 def draw_alignment(figure: Figure, result: Reconstruction) -> None:
     """Median residual by frame, one line per camera; crosses are frames that were not fused."""
     axis = figure.add_subplot(1, 1, 1)
-    for camera in dict.fromkeys(frame["camera"] for frame in result.frames):
-        rows = [frame for frame in result.frames if frame["camera"] == camera and frame["resid_med_pct"] is not None]
+    fitted = [frame for frame in result.frames if frame.get("resid_med_pct") is not None]  # frames without depth: none
+    for camera in dict.fromkeys(frame["camera"] for frame in fitted):
+        rows = [frame for frame in fitted if frame["camera"] == camera]
         axis.plot([row["frame"] for row in rows], [row["resid_med_pct"] for row in rows], marker=".", label=camera)
         held = [row for row in rows if not row["accepted"]]
         axis.plot([row["frame"] for row in held], [row["resid_med_pct"] for row in held], "kx")
     axis.set(xlabel="frame", ylabel="median |residual|, %", title="Alignment to the bootstrap map (x = not fused)")
     axis.set_ylim(bottom=0)
-    if result.frames:
+    if fitted:
         axis.legend(ncols=4, fontsize=8)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recon.config import Config, option
-from recon.figures import GAP, HEAD, WIDTH, Row, compose, input_rows, map_row
+from recon.figures import GAP, HEAD, WIDTH, Row, compose, draw_alignment, input_rows, map_row
 from recon.fusion import Mesh
 from recon.geometry.views import Scale
 from recon.mapview import GROUND, intrinsics, look_at, map_image, mesh_image, splat_image, viewpoint
@@ -109,3 +109,17 @@ def test_without_a_known_scene_the_second_picture_is_another_view(run: tuple[Con
     row = map_row(SimpleNamespace(source=unknown, depth=config.depth, model=config.model), result, {})  # type: ignore[arg-type]
     assert row.names == ("fused map", "from above")
     assert isinstance(row, Row)
+
+
+def test_a_frame_without_depth_has_no_residual_and_costs_no_report() -> None:
+    from matplotlib.figure import Figure
+
+    lost = {"camera": "a", "frame": 1, "accepted": False, "reason": "no depth: cut off", "s": None, "t": None}
+    good = {"camera": "b", "frame": 1, "accepted": True, "reason": "", "resid_med_pct": 1.5}
+    drawn = []
+    for frames in ([lost], [lost, good]):
+        figure = Figure()
+        draw_alignment(figure, SimpleNamespace(frames=frames))  # type: ignore[arg-type]
+        legend = figure.axes[0].get_legend()
+        drawn.append([text.get_text() for text in legend.get_texts()] if legend else [])
+    assert drawn == [[], ["b"]]
