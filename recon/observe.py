@@ -100,6 +100,8 @@ def layer_inputs(network: Network, feeds: Feeds, bins: int, specials: tuple[int,
     """
     import torch
 
+    from recon.lowbit.support import full_fp32
+
     module = network.load().eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module.to(device)
@@ -123,7 +125,7 @@ def layer_inputs(network: Network, feeds: Feeds, bins: int, specials: tuple[int,
         if isinstance(layer, torch.nn.Linear)
     ]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_fp32(device):
             for item in track(feeds, f"Calibrating {network.name}", len(feeds)):
                 module(*(item[name].to(device) for name in network.inputs))
     finally:
