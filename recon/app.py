@@ -47,12 +47,13 @@ def main() -> None:
     except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ReconError, HydraException, OmegaConfBaseException, OSError) as error:
-        if verbose or not (
-            isinstance(error, (ReconError, HydraException, OmegaConfBaseException)) or _about_output(error)
-        ):
+    except (ReconError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        known = isinstance(error, (ReconError, HydraException, OmegaConfBaseException))
+        if verbose or not (known or _about_output(error) or str(error).startswith("Config group override")):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        from recon.mistakes import explain
+
+        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished artifacts are kept, a rerun continues from them", file=sys.stderr)
@@ -190,28 +191,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _message(error: BaseException) -> str:
-    """Hydra wraps the useful sentence in a chain; show the innermost one that says more."""
-    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else None
-    text = str(error)
-    return f"{text}\n{cause}" if cause and str(cause) not in text else text
-
-
 def _about_output(error: Exception) -> bool:
     """Whether it says that the output folder cannot be written: the first to notice may be Hydra."""
-    return (
-        isinstance(error, OSError)
-        and error.filename is not None
-        and error.errno
-        in (
-            1,
-            13,
-            17,
-            20,
-            28,
-            30,
-        )
-    )  # not permitted, in the way, full, read-only
+    codes = (1, 13, 17, 20, 28, 30, 36)  # not permitted (twice), in the way (twice), full, read-only, too long a name
+    return isinstance(error, OSError) and error.filename is not None and error.errno in codes
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> None:

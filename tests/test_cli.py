@@ -15,10 +15,12 @@ SMALL = [*TINY, *RECORDED]
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 1, one message with the words, no traceback."""
+    """Exit code 1, one message with the words and a remedy, no traceback."""
     text = done.stdout + done.stderr
     assert done.returncode == 1, text
     assert "Traceback" not in text, text
+    assert text.count("error:") == 1, text
+    assert "remedy:" in text, text
     for word in words:
         assert word in text, text
 
@@ -106,6 +108,8 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["fusion=surfels"], ["surfels", "surfel"]),
+        (["tracking=null"], ["tracking=null", "mlflow, none"]),
+        (["stages=[export,", "build]"], ["stages=[export,", "no blanks"]),
         (["+fuson=1"], ["unknown key fuson", "fusion"]),
         (["source.width=wide"], ["wide"]),
         (["source=images", "source.path=/no/such/folder"], ["/no/such/folder", "remedy"]),
