@@ -32,6 +32,9 @@ from recon.optional import open3d
 
 CAMERAS, STEPS, FAR, TRUNCATION = 8, 20, 4.0, 4.0
 SMALL = (160, 120)
+VGA = np.array([[525.0, 0, 319.5], [0, 525, 239.5], [0, 0, 1]])
+VGA_SMALL = np.array([[131.25, 0, 79.5], [0, 131.25, 59.5], [0, 0, 1]])
+"""Intrinsics of the exact views, 640x480, and of what is rendered, `SMALL`."""
 Frame = tuple[int, PosedDepth, NDArray[np.uint16]]
 Row = tuple[str, float, str, float]  # figure, measured, "<=" or ">=", target
 
@@ -155,17 +158,15 @@ def held_out(frames: list[Frame], voxel: float, rows: list[Row]) -> dict[str, An
 
 def planes(voxel: float, rows: list[Row]) -> dict[str, Any]:
     """R1: a plane at 2 m turned by 0, 45 and 60 degrees, ten exact views, rendered into two others."""
-    K = np.array([[525.0, 0, 319.5], [0, 525, 239.5], [0, 0, 1]])
-    K_small = np.array([[131.25, 0, 79.5], [0, 131.25, 59.5], [0, 0, 1]])
     black, out = np.zeros((480, 640, 3), np.uint8), {}
     for degrees in (0, 45, 60):
         for option in (Tsdf(voxel=voxel, max_depth=6.0), Surfel(voxel=voxel, max_depth=6.0)):
             fused, errors = option.create(), []
             for i in range(10):
                 T = turned(0.01 * i, (0.02 * i, 0.01 * i, 0.015 * i))
-                fused.integrate(PosedDepth("c", black, plane(degrees, K, T, 640, 480), K, T), i)
+                fused.integrate(PosedDepth("c", black, plane(degrees, VGA, T, 640, 480), VGA, T), i)
             for T in (turned(0, (0, 0, 0)), turned(0.05, (0.05, 0.02, 0.03))):
-                depth, truth = fused.render_depth(K_small, T, *SMALL), plane(degrees, K_small, T, *SMALL)
+                depth, truth = fused.render_depth(VGA_SMALL, T, *SMALL), plane(degrees, VGA_SMALL, T, *SMALL)
                 errors.append(((depth - truth) / voxel)[(depth > 0) & (truth > 0)])
             error, name = np.concatenate(errors), type(option).__name__.lower()
             mean, rms = float(error.mean()), float(np.sqrt((error**2).mean()))

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fusion import plane, turned
+from common import device_name
+from fusion import VGA, VGA_SMALL, plane, turned
 
 from recon.errors import ReconError
 from recon.fusion import Map
@@ -30,8 +31,6 @@ from recon.fusion.surfel import Surfel
 from recon.fusion.tsdf import Tsdf
 from recon.geometry.views import PosedDepth
 
-K = np.array([[525.0, 0, 319.5], [0, 525, 239.5], [0, 0, 1]])
-K_SMALL = np.array([[131.25, 0, 79.5], [0, 131.25, 59.5], [0, 0, 1]])
 BATCH = 4
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--maps", default="tsdf,surfel")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    out: dict[str, Any] = {"device": name(device), "torch": torch.__version__, "voxel": arguments.voxel}
+    out: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "voxel": arguments.voxel}
     for kind in arguments.maps.split(","):
         out[kind] = compared(kind, arguments.voxel, device, arguments.samples)
         arguments.out.write_text(json.dumps(out, indent=1) + "\n")
@@ -87,7 +86,7 @@ def integrate_four(fused: Map, views: list[PosedDepth], i: int) -> None:
 def render(fused: Map, views: list[PosedDepth], i: int) -> None:
     """To where the map lies: a tensor from the device, an array from the host."""
     call = fused.render_depth if fused.device is None else fused.render
-    call(K_SMALL, views[i % len(views)].T_world_cam, 160, 120)
+    call(VGA_SMALL, views[i % len(views)].T_world_cam, 160, 120)
 
 
 PARTS: dict[str, Callable[[Map, list[PosedDepth], int], None]] = {
@@ -119,7 +118,7 @@ def posed() -> list[PosedDepth]:
     """Eight exact 640x480 views of the wall from poses a few centimetres apart."""
     grey = np.full((480, 640, 3), 128, np.uint8)
     poses = [turned(0.01 * i, (0.02 * i, 0.01 * i, 0.015 * i)) for i in range(8)]
-    return [PosedDepth("cam", grey, plane(45, K, T, 640, 480), K, T) for T in poses]
+    return [PosedDepth("cam", grey, plane(45, VGA, T, 640, 480), VGA, T) for T in poses]
 
 
 def on(view: PosedDepth, device: torch.device) -> PosedDepth:
@@ -133,11 +132,6 @@ def synchronise(device: torch.device) -> None:
     """Wait for the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def name(device: torch.device) -> str:
-    """The card's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

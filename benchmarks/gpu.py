@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import call_ms, host, largest_inputs
 from torch import Tensor
 
 from recon.artifact import obtain
@@ -56,24 +57,9 @@ class Shared:
 def recipe(network: Network, mode: str, device: str) -> Recipe:
     """The recipe of a mode, with ranges of FP32 over the calibration seeds."""
     precision, rest, keep = MODES[mode]
-    module, seen, hooks = network.load().to(device), dict[str, float](), []
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = max(seen.get(name, 0.0), float(inputs[0].abs().amax()))
-
-        return note
-
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            hooks.append(layer.register_forward_pre_hook(watch(name)))
-    try:
-        with torch.inference_mode(), full_fp32(device):
-            for seed in CALIBRATION_SEEDS if precision in ("fp8", "int8") else ():
-                module(*(value.to(device) for value in network.example(seed).values()))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    module = network.load().to(device)
+    seeds = CALIBRATION_SEEDS if precision in ("fp8", "int8") else ()
+    seen = largest_inputs(module, map(network.example, seeds), device)
     module.cpu()
     ranges = Ranges(seen, {}, "max", "seeds", len(CALIBRATION_SEEDS), "example inputs")
     return make_recipe(network, NoQuant(name="none", keep=keep), Precision(name=precision, rest=rest), ranges)
@@ -141,14 +127,9 @@ def timed(call: Callable[[], object], count: int, pause: float = 0) -> list[floa
         call()
     samples = []
     for _ in range(count):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         time.sleep(pause)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end))
+        samples.append(call_ms(call))
     return samples
 
 
@@ -180,11 +161,8 @@ def errors(names: Iterable[str], found: Iterable[np.ndarray], wanted: Iterable[n
 
 
 def machine() -> dict[str, Any]:
-    """Card, versions, date."""
-    return {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "driver": _driver(), "latency": [],
-    }  # fmt: skip
+    """Card, versions, date, and a list for the rows."""
+    return {**host(), "driver": _driver(), "latency": []}
 
 
 def _driver() -> str:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import call_ms, host, largest_inputs
 from torch import Tensor
 
 from recon.artifact import obtain
@@ -88,6 +89,74 @@ MODES: dict[str, tuple[QuantMode, Precision]] = {
     "int8-stored": (Rounded(name="int8"), Precision(name="fp16")),
     "nf4-stored": (Rounded(name="nf4", format="nf4"), Precision(name="fp16")),
 }
+Job = tuple[str, str]  # network, mode
+
+
+def main() -> None:
+    """Build, check, time; print a row and write the JSON as each is done."""
+    arguments = parser().parse_args()
+    if arguments.worker:
+        name, mode, folder = arguments.worker
+        return build_one(name, mode, Path(folder), arguments.device, arguments.autotune)
+    record = host(arguments.device) | {"autotune": arguments.autotune, "latency": [], "failed": {}, "checks": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch)
+        start = time.perf_counter()
+        said = build_all(arguments, folder)
+        record["build_all_seconds"] = time.perf_counter() - start
+        for name in arguments.networks:
+            measure_all(name, said, folder, record, arguments)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    return None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument("--networks", nargs="*", default=["da-small", "vggt-mini", "vggt-twin"])
+    found.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    found.add_argument("--jobs", type=int, default=6)
+    found.add_argument("--samples", type=int, default=50)
+    found.add_argument("--autotune", action="store_true")
+    found.add_argument("--device", default="cuda")
+    found.add_argument("--folder", type=Path, help="keep packages here")
+    found.add_argument("--worker", nargs=3, metavar=("NETWORK", "MODE", "FOLDER"), help=argparse.SUPPRESS)
+    return found
+
+
+def measure_all(
+    name: str, said: dict[Job, str], folder: Path, record: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Eager PyTorch, every package and the checks of one network; a package that fails is an entry of its own."""
+    for mode in ("fp32", "fp16", "bf16") if arguments.device != "cpu" else ("fp32",):
+        note(record, eager(name, mode, arguments), arguments.out)
+    for mode in arguments.modes:
+        path, failed = package(folder, name, mode, arguments.autotune), said[(name, mode)]
+        if not failed:
+            try:
+                note(record, measure(path, name, mode, arguments), arguments.out)
+            except (ReconError, RuntimeError) as error:
+                failed = f"{type(error).__name__}: {error}"
+        if failed:
+            record["failed"][f"{name} {mode}"] = failed
+            print(f"{name:10s} {mode:16s} FAILED: {failed[-600:]}", flush=True)
+    good = next((mode for mode in arguments.modes if not said[(name, mode)]), None)
+    if good is not None:
+        record["checks"][name] = checks(package(folder, name, good, arguments.autotune), name, arguments.device)
+        print(name, "checks", json.dumps(record["checks"][name], indent=1), flush=True)
+
+
+def note(record: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    """Keep a row, write the file, print the line."""
+    record["latency"].append(found)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    errors = "  ".join(f"{key} {value:.1e}" for key, value in found.get("rel_l2", {}).items())
+    lost = f"  LACKING {len(found['lacking'])}" if found.get("lacking") else ""
+    built = "package_mib" in found
+    sizes = f"{found['package_mib']:7.1f} MiB  built {found['build_seconds']:4.0f} s" if built else ""
+    times = f"p50 {found['p50_ms']:8.3f} ms"
+    print(f"{found['network']:10s} {found['mode']:16s} {times}  {sizes}  {errors}{lost}", flush=True)
 
 
 def network(name: str) -> Network:
@@ -114,20 +183,7 @@ def recipe(found: Network, mode: str, device: str) -> Recipe:
     quant, precision = MODES[mode]
     if mode == "fp32":
         return Recipe()
-    module, seen = found.load().to(device), dict[str, float]()
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = max(seen.get(name, 0.0), float(args[0].abs().amax()))
-
-        return note
-
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_pre_hook(watch(name))
-    with torch.inference_mode(), full_fp32(device):
-        for seed in CALIBRATION_SEEDS:
-            module(*(value.to(device) for value in found.example(seed).values()))
+    seen = largest_inputs(found.load().to(device), map(found.example, CALIBRATION_SEEDS), device)
     ranges = Ranges(seen, {}, "max", "seeds", len(CALIBRATION_SEEDS), "example inputs")
     return make_recipe(found, quant, precision, ranges)
 
@@ -146,10 +202,10 @@ def package(folder: Path, name: str, mode: str, autotune: bool) -> Path:
     return folder / f"{name}_{mode}{'_autotuned' if autotune else ''}.pt2"
 
 
-def build_all(arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, str], str]:
+def build_all(arguments: argparse.Namespace, folder: Path) -> dict[Job, str]:
     """Every package, several at once; what the worker said where one failed."""
 
-    def work(job: tuple[str, str]) -> str:
+    def work(job: Job) -> str:
         command = [sys.executable, __file__, "--out", "-", "--worker", *job, str(folder), "--device", arguments.device]
         command += ["--autotune"] if arguments.autotune else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -167,18 +223,9 @@ def timed(call: Callable[[], object], device: str, samples: int) -> list[float]:
         call()
     found = []
     for _ in range(samples):
-        if device == "cpu":
-            start = time.perf_counter()
-            call()
-            found.append((time.perf_counter() - start) * 1e3)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
+        if device != "cpu":
+            torch.cuda.synchronize()
+        found.append(call_ms(call, device))
     return found
 
 
@@ -307,66 +354,6 @@ def two_threads(engine: Inductor, path: Path, found: Network) -> str:
             thread.join()
     same = all(torch.equal(x, y) for seed in want for x, y in zip(want[seed], got.get(seed, []), strict=True))
     return "ok: the same numbers" if same else "DIFFERENT NUMBERS"
-
-
-def main() -> None:
-    """Build, check, time; print a row and write the JSON as each is done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--networks", nargs="*", default=["da-small", "vggt-mini", "vggt-twin"])
-    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--jobs", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--autotune", action="store_true")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", type=Path, help="keep packages here")
-    parser.add_argument("--worker", nargs=3, metavar=("NETWORK", "MODE", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        name, mode, folder = arguments.worker
-        build_one(name, mode, Path(folder), arguments.device, arguments.autotune)
-        return
-    on_gpu = arguments.device != "cpu"
-    device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    record: dict[str, Any] = {"device": device_name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    record |= {"autotune": arguments.autotune, "latency": [], "failed": {}, "checks": {}}
-
-    def note(found: dict[str, Any]) -> None:
-        record["latency"].append(found)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        errors = "  ".join(f"{key} {value:.1e}" for key, value in found.get("rel_l2", {}).items())
-        lost = f"  LACKING {len(found['lacking'])}" if found.get("lacking") else ""
-        sizes = (
-            f"{found['package_mib']:7.1f} MiB  built {found['build_seconds']:4.0f} s" if "package_mib" in found else ""
-        )
-        print(
-            f"{found['network']:10s} {found['mode']:16s} p50 {found['p50_ms']:8.3f} ms  {sizes}  {errors}{lost}",
-            flush=True,
-        )
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or Path(scratch)
-        start = time.perf_counter()
-        said = build_all(arguments, folder)
-        record["build_all_seconds"] = time.perf_counter() - start
-        for name in arguments.networks:
-            for mode in ("fp32", "fp16", "bf16") if on_gpu else ("fp32",):
-                note(eager(name, mode, arguments))
-            for mode in arguments.modes:
-                path, failed = package(folder, name, mode, arguments.autotune), said[(name, mode)]
-                if not failed:
-                    try:
-                        note(measure(path, name, mode, arguments))
-                    except (ReconError, RuntimeError) as error:
-                        failed = f"{type(error).__name__}: {error}"
-                if failed:
-                    record["failed"][f"{name} {mode}"] = failed
-                    print(f"{name:10s} {mode:16s} FAILED: {failed[-600:]}", flush=True)
-            good = next((mode for mode in arguments.modes if not said[(name, mode)]), None)
-            if good is not None:
-                record["checks"][name] = checks(package(folder, name, good, arguments.autotune), name, arguments.device)
-                print(name, "checks", json.dumps(record["checks"][name], indent=1), flush=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

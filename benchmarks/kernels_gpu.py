@@ -1,35 +1,40 @@
 """Kernels one by one on the shapes of VGGT-1B: time, rate and error against FP32 twins, beside the libraries' own.
 
-python benchmarks/kernels_gpu.py --out kernels.json [--only rows linear attention streaming] [--views 8 1]
+    python benchmarks/kernels_gpu.py --out kernels.json [--only rows linear attention streaming] [--views 8 1]
+
+Medians of replays of CUDA graphs. A kernel that does not build or run is a row too, which says why. Needs Triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import call_ms, host
 
 from recon.kernels import launch, reference
 from recon.kernels.launch import AttentionTile, LinearTile
 
+SCALE, LN2 = 1.4426950408889634 / 8, 0.6931471805599453
+"""Queries of heads of 64 are stored times SCALE, so that exp2 makes the softmax; with LN2 the libraries agree."""
 RECORD: dict[str, Any] = {}
 
 
 def main() -> None:
     """Measure the chosen groups; the file is written after each row."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=["rows", "linear", "attention", "streaming"])
     parser.add_argument("--views", type=int, nargs="*", default=[8, 1])
     arguments = parser.parse_args()
-    RECORD.update(device=torch.cuda.get_device_name(), torch=torch.__version__, date=time.strftime("%Y-%m-%d"), rows=[])
+    RECORD.update(host(), rows=[])
     torch.manual_seed(0)
     for views in arguments.views:
         for name in arguments.only:
@@ -70,14 +75,7 @@ def graph_time(call: Callable[[], Any], inner: int = 10, samples: int = 15) -> f
                 call()
         for _ in range(3):
             graph.replay()
-        times = []
-        for _ in range(samples):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / inner)
+        times = [call_ms(graph.replay) / inner for _ in range(samples)]
     return sorted(times)[len(times) // 2]
 
 
@@ -103,24 +101,13 @@ def linear(views: int, out: Path) -> None:
             note(out, group, "cublas int8", partial(torch._int_mm, ai, ai.new_ones(n, k).T), flop)
         if name != "fc1":
             continue
-        note(
-            out,
-            group,
-            "cublas bf16 + bias + tanh gelu",
-            partial(torch._addmm_activation, bl, a, w.T, use_gelu=True),
-            flop,
-        )
+        activated = partial(torch._addmm_activation, bl, a, w.T, use_gelu=True)
+        note(out, group, "cublas bf16 + bias + tanh gelu", activated, flop)
         target = torch.empty(m, n, device="cuda", dtype=eight)
         for tile in (launch.FUSED, LinearTile(128, 256, 128, 8, 3, 132)):
             call = partial(launch.linear, a8, w8, b, target, tile, gelu=True, scale=1 / 64)
-            note(
-                out,
-                group,
-                f"triton fp8 gelu {label(tile)}",
-                call,
-                flop,
-                error=lambda t=target, w=wanted: rel(t.float(), w),
-            )
+            error = partial(lambda target, wanted: rel(target.float(), wanted), target, wanted)
+            note(out, group, f"triton fp8 gelu {label(tile)}", call, flop, error=error)
 
 
 def label(tile: Any) -> str:
@@ -128,65 +115,90 @@ def label(tile: Any) -> str:
     return "/".join(str(int(value)) for value in vars(tile).values())
 
 
+@dataclass(frozen=True)
+class Attention:
+    """Attention of a VGGT block, heads of 64: inputs as the kernels and as the library take them, and FP32's answer.
+
+    packed: [S,T,3072] BF16, query (scaled for exp2), key and value. parts: the same, [S,16,T,64] each. wanted: every
+    fifth head of the first sequence. result: [S,T,1024] BF16, which the kernels write.
+    """
+
+    group: str
+    flop: float
+    packed: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    wanted: torch.Tensor
+    result: torch.Tensor
+
+    def error(self) -> float:
+        """Relative error of what the kernels have written."""
+        found = self.result.view(-1, self.result.shape[1], 16, 64)[: len(self.wanted), :, ::5]
+        return rel(found.float(), self.wanted)
+
+    def note(self, out: Path, label: str, kernel: Callable[..., None], scores: torch.Tensor | None = None) -> None:
+        """The row of a kernel that takes query, key, value, result, columns, heads. scores: other queries and keys."""
+        self.result.fill_(float("nan"))
+        first = self.packed if scores is None else scores
+        call = partial(kernel, first, first, self.packed, self.result, (0, 1024, 2048), 16)
+        note(out, self.group, label, call, self.flop, error=self.error)
+
+
 def attention(views: int, out: Path) -> None:
-    scale, ln2 = 1.4426950408889634 / 8, 0.6931471805599453
-    for name, sequences, tokens in (
-        (("frame", views, 1374), ("global", 1, 1374 * views)) if views > 1 else (("frame", 1, 1374),)
-    ):
-        group, flop = f"attention {name} {sequences}x{tokens}", 4.0 * sequences * 16 * tokens**2 * 64
-        qkv = torch.randn(sequences, tokens, 3, 16, 64, device="cuda")
-        q, k, v = F.layer_norm(qkv[:, :, 0], (64,)), F.layer_norm(qkv[:, :, 1], (64,)), qkv[:, :, 2]
-        packed = torch.stack([q * scale, k, v], 2).bfloat16().reshape(sequences, tokens, 3072)
-        ql, kl, vl = (part.reshape(sequences, tokens, 16, 64).transpose(1, 2) for part in packed.chunk(3, -1))
-        few = min(sequences, 1)
-        wanted = torch.cat([
-            F.scaled_dot_product_attention(*(x[:few, h].float() for x in (ql, kl, vl)), scale=ln2)[:, :, None]
-            for h in range(0, 16, 5)
-        ], 2)  # fmt: skip
-        result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=torch.bfloat16)
-
-        def error(result: torch.Tensor = result, wanted: torch.Tensor = wanted, few: int = few) -> float:
-            return rel(result.view(-1, result.shape[1], 16, 64)[:few, :, ::5].float(), wanted)
-
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-
-            def library(backend: Any = backend, parts: Any = (ql, kl, vl)) -> None:
-                with sdpa_kernel(backend):
-                    F.scaled_dot_product_attention(*parts, scale=ln2)
-
-            note(out, group, backend.name.lower(), library, flop)
+    """Attention within every frame and over all of them: the libraries', and both of ours."""
+    frames = [("frame", views, 1374), ("global", 1, 1374 * views)]
+    for name, sequences, tokens in frames if views > 1 else frames[:1]:
+        case = attention_of(name, sequences, tokens)
+        libraries(case, out)
         for bounded, m, n, warps, stages in (
             (True, 128, 64, 4, 3), (True, 64, 128, 4, 2), (False, 64, 64, 4, 4), (False, 64, 128, 4, 2),
         ):  # fmt: skip
-            result.fill_(float("nan"))
-            call = partial(
-                launch.attention, packed, packed, packed, result, (0, 1024, 2048), 16, bounded=bounded, m=m, n=n,
-                warps=warps, stages=stages,
-            )  # fmt: skip
-            form = "bounded" if bounded else "running"
-            note(out, group, f"triton {form} {m}/{n}/{warps}/{stages}", call, flop, error=error)
-        for tile in (
-            AttentionTile(),
-            AttentionTile(groups=2, registers=232),
-            AttentionTile(n=64, stages=4),
-            AttentionTile(n=64, stages=6),
-        ):
-            for bounded in (True, False):
-                result.fill_(float("nan"))
-                call = partial(
-                    launch.specialised_attention, packed, packed, packed, result, (0, 1024, 2048), 16, tile, bounded
-                )
-                note(out, group, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", call, flop, error=error)
-        balance = torch.tensor([scale**-0.5, scale**0.5], device="cuda").repeat_interleave(1024)
-        scores = reference.cast(packed[..., :2048] * balance, torch.float8_e4m3fn)
-        for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
-            result.fill_(float("nan"))
-            call = partial(
-                launch.specialised_attention, scores, scores, packed, result, (0, 1024, 2048), 16, tile, True
-            )
-            note(out, group, f"gluon bounded e4m3 scores {label(tile)}", call, flop, error=error)
+            kernel = partial(launch.attention, bounded=bounded, m=m, n=n, warps=warps, stages=stages)
+            case.note(out, f"triton {'bounded' if bounded else 'running'} {m}/{n}/{warps}/{stages}", kernel)
+        specialised(case, out)
+
+
+def attention_of(name: str, sequences: int, tokens: int) -> Attention:
+    """Random inputs, queries and keys normalised as the network's are."""
+    group, flop = f"attention {name} {sequences}x{tokens}", 4.0 * sequences * 16 * tokens**2 * 64
+    qkv = torch.randn(sequences, tokens, 3, 16, 64, device="cuda")
+    q, k, v = F.layer_norm(qkv[:, :, 0], (64,)), F.layer_norm(qkv[:, :, 1], (64,)), qkv[:, :, 2]
+    packed = torch.stack([q * SCALE, k, v], 2).bfloat16().reshape(sequences, tokens, 3072)
+    parts = tuple(part.reshape(sequences, tokens, 16, 64).transpose(1, 2) for part in packed.chunk(3, -1))
+    wanted = torch.cat([
+        F.scaled_dot_product_attention(*(part[:1, h].float() for part in parts), scale=LN2)[:, :, None]
+        for h in range(0, 16, 5)
+    ], 2)  # fmt: skip
+    result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    return Attention(group, flop, packed, parts, wanted, result)
+
+
+def libraries(case: Attention, out: Path) -> None:
+    """PyTorch's own attention, by cuDNN and by FlashAttention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+
+        def library(backend: Any = backend) -> None:
+            with sdpa_kernel(backend):
+                F.scaled_dot_product_attention(*case.parts, scale=LN2)
+
+        note(out, case.group, backend.name.lower(), library, case.flop)
+
+
+def specialised(case: Attention, out: Path) -> None:
+    """Attention with specialised warps, and the same with scores from FP8 queries and keys."""
+    for tile in (
+        AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4),
+        AttentionTile(n=64, stages=6),
+    ):  # fmt: skip
+        for bounded in (True, False):
+            kernel = partial(launch.specialised_attention, tile=tile, bounded=bounded)
+            case.note(out, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", kernel)
+    balance = torch.tensor([SCALE**-0.5, SCALE**0.5], device="cuda").repeat_interleave(1024)
+    scores = reference.cast(case.packed[..., :2048] * balance, torch.float8_e4m3fn)
+    for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
+        kernel = partial(launch.specialised_attention, tile=tile, bounded=True)
+        case.note(out, f"gluon bounded e4m3 scores {label(tile)}", kernel, scores)
 
 
 def streaming(views: int, out: Path) -> None:
@@ -226,25 +238,35 @@ def rows(views: int, out: Path) -> None:
         ]  # fmt: skip
         for name, call, data, error in calls:
             note(out, group, f"{name} {dtype}", call, 0, data, error)
+    rotation(qkv, group, out)
+    enlargement(views, group, out)
+    few_rows(views, group, out)
+
+
+def rotation(qkv: torch.Tensor, group: str, out: Path) -> None:
+    """Queries and keys of [T,3072] normalised and rotated by the angles of their places."""
+    m, low = len(qkv), qkv.dtype
     weights, biases, angle = torch.randn(2, 64).cuda(), torch.randn(2, 64).cuda(), torch.rand(1374, 32).cuda() * 6
     qk, tables = torch.empty(m, 2048, device="cuda", dtype=low), (angle.cos(), angle.sin())
     turned = reference.qk_norm_rotate(qkv, weights, biases, *tables, 16, 1e-5, 1.0)
     call = partial(launch.qk_norm_rotate, qkv, weights, biases, *tables, qk, 16, 1e-5)
     note(out, group, "qk_norm_rotate", call, 0, m * 2048 * 4, lambda: rel(qk, turned))
+
+
+def enlargement(views: int, group: str, out: Path) -> None:
+    """The dense head's last enlargement, with the bias and the places' embedding that it adds."""
+    low = torch.bfloat16
     bias, places = torch.randn(128).cuda(), (torch.randn(518, 128).cuda(), torch.randn(518, 128).cuda())
     image = torch.randn(views, 128, 296, 296, device="cuda", dtype=low).to(memory_format=torch.channels_last)
     large = torch.empty(views, 128, 518, 518, device="cuda", dtype=low).to(memory_format=torch.channels_last)
     full = reference.enlarge(image, 518, 518, bias, *places)
     call = partial(launch.enlarge, image, bias, *places, large)
-    note(
-        out,
-        group,
-        "enlarge 296 to 518, 128 channels",
-        call,
-        0,
-        2 * (image.numel() + large.numel()),
-        lambda: rel(large, full),
-    )
+    data = 2 * (image.numel() + large.numel())
+    note(out, group, "enlarge 296 to 518, 128 channels", call, 0, data, lambda: rel(large, full))
+
+
+def few_rows(views: int, group: str, out: Path) -> None:
+    """The camera head's products, of one row a view, with weights in FP16."""
     for n, k in ((6144, 2048), (8192, 2048), (2048, 8192)):
         a, v, c = torch.randn(views, k).cuda(), torch.randn(n, k).cuda().half(), torch.randn(n).cuda()
         scale = torch.rand(n).cuda() / k**0.5

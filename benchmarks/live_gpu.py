@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import host
 from live_gpu_scene import Playback, Recording, read, record
 from torch import Tensor
 
@@ -183,16 +184,8 @@ def stream(
     rows: list[dict[str, Any]] = []
     latency: list[float] = []
     align = Align(render_width=arguments.render_width)
-    streamer = Streamer(
-        source,
-        depth,
-        pool,
-        bootstrap,
-        fused,
-        anchor,
-        align,
-        StreamOptions(ahead=arguments.ahead, cuda_graph=arguments.graph),
-    )
+    options = StreamOptions(ahead=arguments.ahead, cuda_graph=arguments.graph)
+    streamer = Streamer(source, depth, pool, bootstrap, fused, anchor, align, options)
 
     def observe(frame: FrameResult) -> None:
         rows.append(frame.row())
@@ -250,7 +243,7 @@ def profile(
 
 def figures(found: Streamed, device: torch.device) -> dict[str, Any]:
     """Latency, drops and stage times of a stream, with all samples."""
-    first = {}
+    first: dict[int, dict[str, Any]] = {}
     for row in found.rows:  # with all cameras at once, a part's time is that of the batch
         first.setdefault(row["frame"], row)
     parts = {part: [row.get(f"ms_{part}", float("nan")) for row in first.values()] for part in PARTS}
@@ -289,14 +282,11 @@ def settings(arguments: argparse.Namespace, network: DepthAnything, recording: R
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Device and versions."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": str(torch.__version__),
-        "numpy": np.__version__, "device": "cpu",
-    }  # fmt: skip
+    found = {**host(device), "python": platform.python_version(), "numpy": np.__version__}
     if device.type == "cuda":
         import triton
 
-        found |= {"device": torch.cuda.get_device_name(device), "triton": triton.__version__}
+        found["triton"] = triton.__version__
     return found
 
 

@@ -13,13 +13,17 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from recon.config import option
 from recon.figures import Row, compose
+from recon.fusion import Map
 from recon.geometry.cameras import transform, unproject
+from recon.geometry.views import Bootstrap
 from recon.live import DepthAnythingPool
 from recon.live.align import Align
 from recon.live.stream import FrameResult, Streamer
@@ -31,7 +35,7 @@ ON = 0.1  # metres from a pixel that shows a thing: it is there
 SIZE = (760, 500)
 
 
-def streamed(fusion: str, source, frames: int):
+def streamed(fusion: str, source: Any, frames: int) -> tuple[Map, Bootstrap, dict[str, Any]]:
     """(map after the stream, bootstrap, points off the surface by what they are, share of pixels taken out)."""
     depth = replace(option("depth", "recorded"), distortion=0.0, noise=0.0, bleed=0.0, outliers=0.0)
     empty = replace(source, moving=0).bootstrap()
@@ -42,7 +46,7 @@ def streamed(fusion: str, source, frames: int):
         for found in maps:
             found.integrate(view, 0)
 
-    def off():
+    def off() -> NDArray[Any]:
         points = maps[0].points().points
         return points[surface.query(points)[0] > OFF]
 
@@ -58,7 +62,7 @@ def streamed(fusion: str, source, frames: int):
     return maps[0], bootstrap, {**counts, "share_taken_out": share, "frames": len(results)}
 
 
-def things(source, surface: cKDTree) -> cKDTree:
+def things(source: Any, surface: cKDTree) -> cKDTree:
     """What the cameras see of the moving things at the last step, from exact depth."""
     (views,) = replace(source, frame_step=source.steps).batches()
     points = np.concatenate(

@@ -16,13 +16,13 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from onnxruntime_gpu_checks import Graph, check, checks, engine_of, label, opened, worst
+from common import check, host, say
+from onnxruntime_gpu_checks import Graph, checks, engine_of, label, opened, worst
 
 from recon.benchmark.contract import BenchmarkOptions, benchmark
 
@@ -33,11 +33,14 @@ MODES = ("bf16", "int8-bf16", "fp8", "torch-int8-dynamic", "bitsandbytes-8bit", 
 NETWORKS = ("da2-twin", "da-mini", "vggt-twin")
 FURTHER = {"da2-twin": MODES, "vggt-twin": ("bf16",)}
 SEEDS = (100, 101)
+EIGHT_BITS = ("int8", "int8-bf16", "fp8", "torch-int8-dynamic", "modelopt-fp8")
+LIMITS = {"fp32": 5e-3, "fp16": 2e-2} | dict.fromkeys(EIGHT_BITS, 1e-1)
+"""Relative L2 against the CPU provider: TF32 and FP16 sums in another order; a code to either side in 8 bits."""
 
 
 def main() -> None:
     """Check, measure, write the JSON; exit 1 when a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--prepare", action="store_true")
@@ -138,9 +141,9 @@ def machine(provider: str) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
+        **host("cuda" if cuda else "cpu"),
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "onnxruntime": onnxruntime.__version__, "provider": provider, "date": time.strftime("%Y-%m-%d"),
+        "onnxruntime": onnxruntime.__version__, "provider": provider,
         "providers": onnxruntime.get_available_providers(),
     }  # fmt: skip
 
@@ -175,19 +178,13 @@ def measured(graph: Graph, arguments: argparse.Namespace, options: BenchmarkOpti
     return str({name: f"{error:.1e}" for name, error in errors.items()})
 
 
-EIGHT_BITS = ("int8", "int8-bf16", "fp8", "torch-int8-dynamic", "modelopt-fp8")
-LIMITS = {"fp32": 5e-3, "fp16": 2e-2} | dict.fromkeys(EIGHT_BITS, 1e-1)
-"""Relative L2 against the CPU provider: TF32 and FP16 sums in another order; a code to either side in 8 bits."""
-
-
 def report(record: dict[str, Any]) -> None:
     """The rows and the checks in a line or two each."""
     for row in record["latency"]:
         times = f"p50 {row['p50_ms']:7.3f}  p99 {row['p99_ms']:7.3f} ms  {row['memory_mib']:6.0f} MiB"
         print(f"{row['network']:10s} {row['asked']:20s} {times}  rel L2 {max(row['rel_l2'].values()):.1e}")
         print("           ", ", ".join(f"{count} x {product}" for product, count in row["products"].items()))
-    for entry in record["checks"]:
-        print("ok    " if entry["passed"] else "FAILED", entry["name"], "|", entry["detail"][:300].replace("\n", " "))
+    say(record["checks"])
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import check, refused
 
 from recon.compare import compare_outputs
 from recon.engines import Session
 from recon.engines.onnxruntime import OnnxRuntime
-from recon.errors import ReconError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,14 +52,6 @@ def worst(graph: Graph, session: Session) -> dict[str, float]:
     return {name: error.rel_l2 for name, error in compare_outputs(host).items()}
 
 
-def check(name: str, run: Callable[[], str]) -> dict[str, Any]:
-    """A check passes unless it raises; what it returns is kept as evidence."""
-    try:
-        return {"name": name, "passed": True, "detail": run()}
-    except Exception as error:
-        return {"name": name, "passed": False, "detail": f"{type(error).__name__}: {error}"}
-
-
 def checks(graphs: list[Graph], provider: str, work: Path) -> list[dict[str, Any]]:
     """All checks that the provider can be put to, on the first graph."""
     graph = graphs[0]
@@ -84,27 +76,21 @@ def checks(graphs: list[Graph], provider: str, work: Path) -> list[dict[str, Any
     return found
 
 
-def refused(run: Callable[[], object], *words: str) -> str:
-    """First line of the ReconError that `run` raises; it must, and with these words in it."""
-    try:
-        run()
-    except ReconError as error:
-        text = str(error)
-        assert all(word in text for word in words), text
-        return text.partition("\n")[0]
-    raise AssertionError("it was not refused")
+def refusal(run: Callable[[], object], *words: str) -> str:
+    """The first line of what `run` is refused with."""
+    return refused(run, *words).partition("\n")[0]
 
 
 def wrong_input(graph: Graph, session: Session) -> str:
     """What `infer` says to another name, shape and dtype, and what a closed session says."""
     name, tensor = next(iter(graph.feeds[0].items()))
     said = [
-        refused(lambda: session.infer({"other": tensor}), "other"),
-        refused(lambda: session.infer({name: tensor[..., 1:]}), name),
-        refused(lambda: session.infer({name: tensor.double()}), "float64"),
+        refusal(lambda: session.infer({"other": tensor}), "other"),
+        refusal(lambda: session.infer({name: tensor[..., 1:]}), name),
+        refusal(lambda: session.infer({name: tensor.double()}), "float64"),
     ]
     session.close()
-    return "; ".join([*said, refused(lambda: session.infer(graph.feeds[0]), "closed")])
+    return "; ".join([*said, refusal(lambda: session.infer(graph.feeds[0]), "closed")])
 
 
 def outputs_stay(graph: Graph, session: Session) -> str:
@@ -206,7 +192,7 @@ def fallback(provider: str, work: Path) -> str:
     nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Det", ["r"], ["y"])]
     graph = helper.make_graph(nodes, "lacking", inputs, outputs)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(work / "det.onnx"))
-    return refused(lambda: engine_of(provider).open(work / "det.onnx", "basic"), "fall")
+    return refusal(lambda: engine_of(provider).open(work / "det.onnx", "basic"), "fall")
 
 
 def without_tensorrt(graph: Graph, work: Path) -> str:
@@ -215,7 +201,7 @@ def without_tensorrt(graph: Graph, work: Path) -> str:
         import tensorrt
     except ImportError:
         run = lambda: opened(engine_of("tensorrt"), graph.onnx)  # noqa: E731
-        return refused(run, "provider=tensorrt")
+        return refusal(run, "provider=tensorrt")
     return f"not checked: TensorRT {tensorrt.__version__} is there"
 
 
@@ -223,4 +209,4 @@ def damaged(engine: OnnxRuntime, path: Path, work: Path) -> str:
     """What `load` says to the first half of an engine file."""
     half = work / "half.engine"
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return refused(lambda: opened(engine, half), "half.engine")
+    return refusal(lambda: opened(engine, half), "half.engine")

@@ -17,13 +17,13 @@ import argparse
 import json
 import logging
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorrt_gpu_checks import attempt, check, checks, dynamic_checks, worst
+from common import check, host, say
+from tensorrt_gpu_checks import attempt, checks, dynamic_checks, worst
 from tensorrt_gpu_plans import built, engine_of, prepared, prepared_dynamic
 
 from recon.benchmark.contract import BenchmarkOptions, benchmark
@@ -39,7 +39,7 @@ OPTIONS = BenchmarkOptions(iterations=200, warmup=20)
 
 def main() -> None:
     """Build, measure, check; write the JSON; exit 1 when a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--flavour", default="tensorrt")
@@ -87,11 +87,11 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     """Card, version of the runtime, where the plans come from, date."""
     found = library(arguments.flavour)
     return {
-        "device": torch.cuda.get_device_name(), "capability": targets.here(), "torch": torch.__version__,
+        **host(),
+        "capability": targets.here(),
         "runtime": f"{found.flavour} {found.version}",
         "built_by": arguments.built_by if arguments.builder else "itself",
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
 
 
 def measured(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
@@ -152,8 +152,7 @@ def report(rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
         errors = "  ".join(f"{name} {value:.1e}" for name, value in row["rel_l2"].items())
         times = f"p50 {row['p50_ms']:7.3f}  p99 {row['p99_ms']:7.3f} ms  {row['memory_mib']:6.0f} MiB"
         print(f"{row['network']:10s} {row['precision']:14s} {row['how']:28s} {times}  {errors}")
-    for entry in found:
-        print("ok    " if entry["passed"] else "FAILED", entry["name"], "|", entry["detail"][:300].replace("\n", " "))
+    say(found)
 
 
 if __name__ == "__main__":

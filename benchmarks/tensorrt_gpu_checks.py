@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import check, refused
 from tensorrt_gpu_plans import engine_of, plan_facts
 
 from recon.artifact import obtain
@@ -24,6 +25,7 @@ from recon.engines.tensorrt import TensorRT
 from recon.errors import ReconError
 
 Built = tuple[dict[str, Any], Path]
+Case = tuple[str, Callable[[], object], str]  # name, what is refused, words of the refusal
 REFUSED = 3  # exit code of a process that ended with our error
 TOLERANCE = {"fp16": 2e-2, "int8": 1e-1}  # relative L2 against ONNX Runtime on the same graph
 
@@ -51,14 +53,6 @@ def checks(built: list[Built], arguments: argparse.Namespace) -> list[dict[str, 
     found.append(check("closing one session leaves the other running", lambda: shared(graph, plan, arguments)))
     found.append(check("what the inspector says", lambda: elsewhere(plan, arguments, 0)))
     return found + refusals(graph, plan, arguments)
-
-
-def check(name: str, run: Callable[[], str]) -> dict[str, Any]:
-    """A check passes unless it raises; what it returns is kept as evidence."""
-    try:
-        return {"name": name, "passed": True, "detail": run()}
-    except Exception as error:
-        return {"name": name, "passed": False, "detail": f"{type(error).__name__}: {error}"}
 
 
 def numbers(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> str:
@@ -147,89 +141,73 @@ def shared(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> 
 
 def refusals(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every wrong use is a ReconError that says what is wrong; none ends the process."""
-    network, data, engine = graph["network"], plan.read_bytes(), engine_of(arguments)
-    name = next(iter(network.inputs))
-    session = engine.load(plan)
-    closed = engine.load(plan)
-    closed.close()
-    good = network.example(0)
-
-    def forged(label: str, content: bytes = data, **facts: Any) -> Path:
-        path = arguments.work / f"wrong-{label}.engine"
-        known = {"plan": plan_facts(graph, arguments, **facts)}
-        return obtain(
-            path, "engine", label, lambda folder: (folder / path.name).write_bytes(content) and dict(known)
-        ).path
-
-    bare = arguments.work / "wrong-bare.engine"
-    bare.write_bytes(data)
-    cut = forged("cut")
-    cut.write_bytes(data[: len(data) // 2])
-    careless = replace(engine, allow_host_code=False)
-    cases: list[tuple[str, Callable[[], object], str]] = [
-        ("wrong shape", lambda: session.infer({name: torch.zeros(1, 3, 14, 14)}), "the engine takes"),
-        ("wrong dtype", lambda: session.infer({name: good[name].half()}), "the engine takes"),
-        ("wrong name", lambda: session.infer({"images_": good[name]}), "do not match"),
-        ("closed session", lambda: closed.infer(good), "closed"),
-        ("no manifest", lambda: engine.load(bare), "no manifest"),
-        ("truncated plan", lambda: engine.load(cut), "damaged"),
-        ("plan of another GPU", lambda: engine.load(forged("gpu", targets=["sm86"], gpu="NVIDIA A10")), "this GPU"),
-        (
-            "plan of a sister GPU",
-            lambda: engine.load(forged("sister", gpu="NVIDIA H100 80GB HBM3")),
-            "tuned for it alone",
-        ),
-        ("plan of a newer version", lambda: engine.load(forged("newer", version="99.1.0")), "newer than"),
-        (
-            "plan of one version only",
-            lambda: engine.load(forged("exact", version_compatible=False)),
-            "version_compatible",
-        ),
-        (
-            "plan of TensorRT for RTX",
-            lambda: engine.load(forged("rtx", flavour="tensorrt_rtx")),
-            "cannot read its format",
-        ),
-        ("host code not allowed", lambda: careless.load(plan), "allow_host_code"),
-    ]
-    found = [check(f"refused: {label}", lambda r=run, w=words: refused(r, w)) for label, run, words in cases]
-    session.close()
+    with engine_of(arguments).load(plan) as session:  # open throughout: plans are shared within a process
+        cases = [*misuse(graph, plan, session, arguments), *wrong_plans(graph, plan, arguments)]
+        found = [check(f"refused: {label}", lambda r=run, w=words: refused(r, w)) for label, run, words in cases]
+    data = plan.read_bytes()
     for label, content in (
         ("truncated, with a manifest that agrees", data[: len(data) // 2]),
         ("not a plan", b"plan" * 4096),
     ):
-        path = forged(label.split(",")[0].replace(" ", "-"), content)
+        path = forged(graph, arguments, label.split(",")[0].replace(" ", "-"), content)
         found.append(check(f"refused by TensorRT: {label}", lambda p=path: elsewhere(p, arguments)))
     return found
 
 
-def refused(run: Callable[[], object], words: str) -> str:
-    """What the ReconError says that `run` raises; it must, and with these words in it."""
-    said = ""
-    try:
-        run()
-    except ReconError as error:
-        said = str(error)
-    assert said, "nothing was raised"
-    assert words in said, f"another message: {said}"
-    return said
+def misuse(graph: dict[str, Any], plan: Path, session: Session, arguments: argparse.Namespace) -> list[Case]:
+    """Wrong feeds to a session, and a closed one."""
+    closed = engine_of(arguments).load(plan)
+    closed.close()
+    good = graph["network"].example(0)
+    name = next(iter(graph["network"].inputs))
+    return [
+        ("wrong shape", lambda: session.infer({name: torch.zeros(1, 3, 14, 14)}), "the engine takes"),
+        ("wrong dtype", lambda: session.infer({name: good[name].half()}), "the engine takes"),
+        ("wrong name", lambda: session.infer({"images_": good[name]}), "do not match"),
+        ("closed session", lambda: closed.infer(good), "closed"),
+    ]
+
+
+def wrong_plans(graph: dict[str, Any], plan: Path, arguments: argparse.Namespace) -> list[Case]:
+    """Plans that are refused before TensorRT sees them: by their manifest, their hash, or the engine's settings."""
+    engine, data = engine_of(arguments), plan.read_bytes()
+    bare = arguments.work / "wrong-bare.engine"
+    bare.write_bytes(data)
+    cut = forged(graph, arguments, "cut", data)
+    cut.write_bytes(data[: len(data) // 2])
+    careless = replace(engine, allow_host_code=False)
+
+    def load(label: str, **facts: Any) -> Callable[[], object]:
+        return lambda: engine.load(forged(graph, arguments, label, data, **facts))
+
+    return [
+        ("no manifest", lambda: engine.load(bare), "no manifest"),
+        ("truncated plan", lambda: engine.load(cut), "damaged"),
+        ("plan of another GPU", load("gpu", targets=["sm86"], gpu="NVIDIA A10"), "this GPU"),
+        ("plan of a sister GPU", load("sister", gpu="NVIDIA H100 80GB HBM3"), "tuned for it alone"),
+        ("plan of a newer version", load("newer", version="99.1.0"), "newer than"),
+        ("plan of one version only", load("exact", version_compatible=False), "version_compatible"),
+        ("plan of TensorRT for RTX", load("rtx", flavour="tensorrt_rtx"), "cannot read its format"),
+        ("host code not allowed", lambda: careless.load(plan), "allow_host_code"),
+    ]
+
+
+def forged(graph: dict[str, Any], arguments: argparse.Namespace, label: str, content: bytes, **facts: Any) -> Path:
+    """A file of this content with the manifest of a good plan, in which these facts are other ones."""
+    path = arguments.work / f"wrong-{label}.engine"
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / path.name).write_bytes(content)
+        return {"plan": plan_facts(graph, arguments, **facts)}
+
+    return obtain(path, "engine", label, make).path
 
 
 def elsewhere(path: Path, arguments: argparse.Namespace, code: int = REFUSED) -> str:
     """Open a plan in another process, which must end by itself: with our error, or with what the inspector said."""
     script = Path(__file__).with_name("tensorrt_gpu.py")
-    command = [
-        sys.executable,
-        str(script),
-        "--try",
-        str(path),
-        "--flavour",
-        arguments.flavour,
-        "--out",
-        "-",
-        "--work",
-        "-",
-    ]
+    command = [sys.executable, str(script), "--try", str(path), "--flavour", arguments.flavour]
+    command += ["--out", "-", "--work", "-"]  # required, and not used
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, f"exit code {done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}"
     return done.stdout.strip()

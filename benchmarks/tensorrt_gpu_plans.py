@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import largest_inputs
 
 from recon.artifact import content_key, manifest_path, obtain
 from recon.depth.nets.depth_anything import build, preprocess
@@ -75,17 +76,7 @@ def prepared(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def ranges_of(network: Network) -> Ranges:
     """Largest absolute input of every Linear over the example images."""
-    module, found = network.load().eval(), {}
-    linears = {path: layer for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
-
-    def see(path: str, value: torch.Tensor) -> None:
-        found[path] = max(found.get(path, 0.0), float(value.abs().max()))
-
-    for path, layer in linears.items():
-        layer.register_forward_pre_hook(lambda _, args, path=path: see(path, args[0]))
-    with torch.inference_mode():
-        for seed in CALIBRATION_SEEDS:
-            module(*network.example(seed).values())
+    found = largest_inputs(network.load().eval(), map(network.example, CALIBRATION_SEEDS), "cpu")
     return Ranges(found, {}, "max", "examples", len(CALIBRATION_SEEDS), "network.example")
 
 
