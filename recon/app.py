@@ -68,6 +68,9 @@ def _hydra(composed: DictConfig) -> None:
     """One job. In a sweep an error is a row of the table and the other jobs go on."""
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
+    sweep = settings.runtime.choices.get("sweep")
+    if sweep is not None and settings.mode != RunMode.MULTIRUN:
+        raise ReconError(f"+sweep={sweep} without -m would run one of its jobs", f"python -m recon -m +sweep={sweep}")
     if settings.mode != RunMode.MULTIRUN:
         _job(composed, settings, folder)
         return

@@ -251,6 +251,10 @@ def check(config: Config) -> None:
             )
     if not config.stages:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ReconError(
+            f"name={config.name}: becomes the end of a folder's name", "give letters, digits and hyphens: name=kitchen"
+        )
     check_viewer(config.viewer, config.stages, config.rerun.spawn)
     if "handover" in config.stages and "reconstruct" not in config.stages and config.handover.run is None:
         raise ReconError(

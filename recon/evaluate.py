@@ -18,6 +18,7 @@ from recon.errors import ReconError
 from recon.fusion import Map
 from recon.geometry.metrics import ate, depth_metrics, pair_errors_deg, pose_auc, rpe, surface_metrics
 from recon.geometry.planes import find_planes, flatness
+from recon.geometry.rig_files import read_npz
 from recon.geometry.views import Array, Bootstrap, PosedDepth, View
 from recon.geometry.world import ToSource, to_source
 from recon.sources import Surface
@@ -105,30 +106,30 @@ def load_reference(path: str) -> Surface:
     """A reference surface from NPZ: points_mm or points [N,3], optional normals (or normals_i8) [N,3] and seen [N].
 
     Raises:
-        ReconError: an array is missing or has another shape.
+        ReconError: no NPZ file, or an array is missing or has another shape.
     """
-    with np.load(Path(path), allow_pickle=False) as data:
-        if "points_mm" in data:
-            points = data["points_mm"].astype(np.float64) / 1000
-        elif "points" in data:
-            points = data["points"].astype(np.float64)
-        else:
-            raise ReconError(
-                f"{path}: has {sorted(data.files)}, needs points_mm or points",
-                "points [N,3] in map units, or points_mm",
-            )
-        if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
-            raise ReconError(
-                f"{path}: points are {points.shape}, needed are finite [N,3]", "write one row per surface sample"
-            )
-        normals = (
-            data["normals"]
-            if "normals" in data
-            else data["normals_i8"] / 127.0
-            if "normals_i8" in data
-            else np.zeros_like(points)
+    data = read_npz(Path(path))
+    if "points_mm" in data:
+        points = data["points_mm"].astype(np.float64) / 1000
+    elif "points" in data:
+        points = data["points"].astype(np.float64)
+    else:
+        raise ReconError(
+            f"{path}: has {sorted(data)}, needs points_mm or points",
+            "points [N,3] in map units, or points_mm",
         )
-        seen = data["seen"] > 0 if "seen" in data else np.ones(len(points), bool)
+    if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
+        raise ReconError(
+            f"{path}: points are {points.shape}, needed are finite [N,3]", "write one row per surface sample"
+        )
+    normals = (
+        data["normals"]
+        if "normals" in data
+        else data["normals_i8"] / 127.0
+        if "normals_i8" in data
+        else np.zeros_like(points)
+    )
+    seen = data["seen"] > 0 if "seen" in data else np.ones(len(points), bool)
     return Surface(points, np.asarray(normals, np.float64), seen)
 
 

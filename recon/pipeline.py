@@ -22,6 +22,7 @@ from recon.artifact import seal, write_atomic
 from recon.config import STAGES, Config
 from recon.errors import ReconError
 from recon.live.pool import DepthAnythingPool
+from recon.preflight import preflight
 from recon.reconstruct import Reconstruction, bootstrap_artifact, reconstruct_scene
 from recon.report import write_report
 from recon.store import Store, built, calibrated, certified, exported
@@ -57,8 +58,7 @@ def run(state: Run) -> None:
         ReconError: what a user can mend; artifacts finished before it are kept.
     """
     config = state.config
-    if {"depth", "reconstruct", "evaluate"} & set(config.stages):
-        config.source.validate()
+    preflight(config)
     for name in STAGES:
         if name in config.stages:
             start = time.perf_counter()

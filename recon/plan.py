@@ -7,6 +7,7 @@ from pathlib import Path
 
 from recon.artifact import find
 from recon.config import STAGES, Config
+from recon.preflight import preflight
 from recon.reconstruct import bootstrap_key, bootstrap_path
 from recon.store import Store
 
@@ -15,10 +16,9 @@ def plan(config: Config) -> list[dict[str, str]]:
     """One row per stage and artifact: what would be reused, what would be made, and the memory it would take.
 
     Raises:
-        ReconError: the source's files would not pass its check.
+        ReconError: the run would be refused for the source's files, or for what other options say of its cameras.
     """
-    if {"reconstruct", "evaluate"} & set(config.stages):
-        config.source.validate()
+    preflight(config)
     store = Store(config)
     rows: list[dict[str, str]] = []
     for stage in STAGES:

@@ -62,6 +62,11 @@ def pickled(folder: Path) -> None:
     np.savez(folder / "intrinsics.npz", K=np.array([{"fx": 1.0}], dtype=object))
 
 
+def a_single_array(folder: Path) -> None:
+    with (folder / "intrinsics.npz").open("wb") as file:  # numpy.save in place of numpy.savez
+        np.save(file, np.eye(3))
+
+
 def one_camera_less(folder: Path) -> None:
     with np.load(folder / "poses.npz") as data:
         np.savez(folder / "poses.npz", T_world_cam=data["T_world_cam"][:2])
@@ -77,6 +82,7 @@ CASES: list[tuple[str, Spoil, list[str]]] = [
     ("singular intrinsics", change("intrinsics.npz", "K", at((0, 1, 1), 0.0)), ["intrinsics.npz", "cam0"]),
     ("no rotation", change("poses.npz", "T_world_cam", at((2, 1, 0, 0), 3.0)), ["poses.npz", "cam2"]),
     ("pose count", one_camera_less, ["poses.npz", "2"]),
+    ("a single array", a_single_array, ["intrinsics.npz", "numpy.savez"]),
     ("pickled objects", pickled, ["intrinsics.npz", "pickled"]),
 ]
 

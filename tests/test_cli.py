@@ -117,6 +117,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
         (["+quant=modelopt-fp8", "precision=bf16"], ["modelopt-fp8", "bf16", "remedy", "nearest pair"]),
         (["+quant=modelopt-fp8", "quant_mode=none"], ["contradicts"]),
         (["stages=[evaluate]"], ["reconstruct"]),
+        (["+sweep=smoke"], ["+sweep=smoke without -m", "python -m recon -m +sweep=smoke"]),
         (["source.frame_step=0"], ["frame_step"]),
         (["source.views=[nobody]"], ["nobody"]),
     ],

@@ -154,11 +154,21 @@ def test_a_pair_that_cannot_run_is_refused_with_the_nearest_that_can(command: st
         "stages=[]",
         "fusion.voxel=0",
         "depth.every=0",
+        "depth.workers=-1",
+        "name=",
+        "name=a/b",
+        "name=..",
+        "scale.columns=6",
+        "scale.dictionary=DICT_4X4_50",
+        "scale.columns=6 scale.rows=5 scale.square_m=0.1 scale.marker_m=0.05 scale.dictionary=DICT_NONE",
+        "scale.columns=6 scale.rows=5 scale.square_m=0.1 scale.marker_m=0.05 scale.dictionary=Board",
+        "scale.baseline=[a,b] scale.baseline_m=-1",
         "evaluate.threshold=-1",
         "evaluate.reference=none.npz",
     ],
 )
 def test_impossible_values_are_refused(override: str) -> None:
     with pytest.raises(ReconError) as caught:
-        check(composed(override))
+        check(composed(*override.split()))
     assert caught.value.remedy
+    assert override.partition("=")[0].partition(".")[0].rstrip("s") in caught.value.problem

@@ -38,6 +38,8 @@ class Depth(Component):
         super().check()
         if self.every < 1:
             raise ReconError(f"depth.every={self.every}: must be at least 1", "1 runs depth on every frame")
+        if self.workers < 0:
+            raise ReconError(f"depth.workers={self.workers}: must not be negative", "0 is one worker per camera")
 
     @property
     def wants_image_sizes(self) -> bool:

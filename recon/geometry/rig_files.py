@@ -69,9 +69,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ReconError(f"{path}: no such file", "give an existing .npz")
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise ReconError(f"{path}: a single array, not an .npz archive", NPZ_REMEDY)
+        data = np.load(path, allow_pickle=False)
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise ReconError(f"{path}: a single array, not an .npz archive", NPZ_REMEDY)
+        with data:
             return {key: data[key] for key in data.files}
     except ValueError as error:
         if "pickle" in str(error).lower():

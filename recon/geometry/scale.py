@@ -65,7 +65,16 @@ class ScaleOptions:
                 "scale.baseline=[left,right] scale.baseline_m=0.12",
             )
         if min(self.baseline_m, self.square_m, self.marker_m) < 0:
-            raise ReconError("scale: lengths must not be negative", "give them in metres")
+            raise ReconError(
+                f"scale.baseline_m={self.baseline_m} scale.square_m={self.square_m} scale.marker_m={self.marker_m}: "
+                "a length must not be negative",
+                "give them in metres",
+            )
+        if not self.square_m and (self.columns or self.rows or self.dictionary or self.marker_m):
+            raise ReconError(
+                f"scale.columns={self.columns} scale.rows={self.rows} without scale.square_m: the board has no size",
+                "scale.square_m is the side of one of its squares in metres",
+            )
         if self.square_m and (self.columns < 2 or self.rows < 2):
             raise ReconError(
                 f"scale.square_m={self.square_m} with {self.columns}x{self.rows}: a board has columns and rows",
@@ -76,6 +85,8 @@ class ScaleOptions:
                 f"scale.marker_m={self.marker_m}: a marker is smaller than its square of {self.square_m} m",
                 "measure one marker's black side",
             )
+        if self.square_m and self.dictionary:
+            _dictionary(self.dictionary)
 
 
 def metric(
@@ -232,10 +243,7 @@ def _corners(grey: Any, options: ScaleOptions) -> dict[int, Array]:
         kind = cv2.CALIB_CB_EXHAUSTIVE | cv2.CALIB_CB_ACCURACY
         ok, corners = cv2.findChessboardCornersSB(grey, (options.columns, options.rows), flags=kind)
         return dict(enumerate(corners.reshape(-1, 2).astype(np.float64))) if ok else {}
-    name = getattr(cv2.aruco, options.dictionary, None)
-    if name is None:
-        raise ReconError(f"scale.dictionary={options.dictionary}: OpenCV has none of this name", "e.g. DICT_4X4_50")
-    words = cv2.aruco.getPredefinedDictionary(name)
+    words = cv2.aruco.getPredefinedDictionary(_dictionary(options.dictionary))
     board = cv2.aruco.CharucoBoard((options.columns, options.rows), options.square_m, options.marker_m, words)
     parameters = cv2.aruco.DetectorParameters()
     parameters.detectInvertedMarker = True  # printed white on black, as some boards are
@@ -244,6 +252,16 @@ def _corners(grey: Any, options: ScaleOptions) -> dict[int, Array]:
         return {}
     pairs = zip(numbers.ravel(), corners.reshape(-1, 2).astype(np.float64), strict=True)
     return {int(number): pixel for number, pixel in pairs}
+
+
+def _dictionary(name: str) -> int:
+    """OpenCV's number of an ArUco dictionary."""
+    import cv2
+
+    number = getattr(cv2.aruco, name, None)
+    if not name.startswith("DICT_") or number is None:
+        raise ReconError(f"scale.dictionary={name}: OpenCV has none of this name", "e.g. DICT_4X4_50")
+    return int(number)
 
 
 def _by_depth(found: Bootstrap, views: list[View], name: str) -> tuple[float, str, Notes] | str:

@@ -64,7 +64,7 @@ def read_calibration(
     Raises:
         ReconError: the file is no calibration, or was found for another network, lens or map; nothing is taken over.
     """
-    data = _load(path)
+    data = load_calibration(path)
     for key, wanted in (
         ("depth_type", provenance.depth_type),
         ("unit", provenance.unit),
@@ -99,7 +99,8 @@ def intrinsics_key(K: Array | None) -> str | None:
     return None if K is None else content_key(np.round(K, 6))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_calibration(path: Path) -> dict[str, Any]:
+    """The whole file. Raises ReconError where it is no calibration that a run wrote."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:

@@ -92,6 +92,10 @@ class Source(Component):
     def scale(self) -> Scale:
         """Meaning of the unit of the source's own poses and depth; `arbitrary` where it gives neither."""
 
+    def has_depth(self) -> bool:
+        """Whether the frames of the stream come with recorded depth."""
+        return False
+
     def surface(self) -> Surface | None:
         """Ground-truth surface, where the source has one."""
         return None

@@ -106,6 +106,9 @@ class Images(Recording):
 
         return {camera: image_size(files[0]) for camera, files in self._frames(self.live_path or self.path).items()}
 
+    def has_depth(self) -> bool:
+        return self.depth is not None and self.live_path is None
+
     def bootstrap(self) -> list[View]:
         from recon.sources.state import Watch
 

@@ -76,6 +76,9 @@ class Synthetic(Source):
     def validate(self) -> None:
         self.cameras()
 
+    def has_depth(self) -> bool:
+        return True
+
     def cameras(self) -> list[str]:
         from recon.sources.rig import choose
 

@@ -1,0 +1,92 @@
+"""What other options say about a source is refused before a network is exported."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recording import write_recording
+
+from recon.config import Config, Evaluate, option
+from recon.errors import ReconError
+from recon.geometry.scale import ScaleOptions
+from recon.live.align import Align
+from recon.pipeline import Run, run
+from recon.plan import plan
+from recon.preflight import preflight
+from recon.sources.images import Images
+from recon.sources.synthetic import Synthetic
+from recon.sources.videos import Videos
+from recon.store import Store
+
+SOURCE = replace(option("source", "synthetic"), width=96, height=72, steps=1, count=3, moving=0)
+
+
+def config(folder: Path, **changed: object) -> Config:
+    """Real networks that would have to be exported and built; nothing of that may happen."""
+    names = {"model": "vggt-twin", "depth": "da2-twin", "quant_mode": "none", "precision": "fp32",
+             "engine": "onnxruntime", "fusion": "tsdf", "tracking": "none"}  # fmt: skip
+    options = {group: option(group, name) for group, name in names.items()}
+    stages = ["export", "build", "reconstruct", "evaluate"]
+    return Config(**{**options, "source": SOURCE, "stages": stages, "output": str(folder / "out"), **changed})  # type: ignore[arg-type]
+
+
+def board(folder: Path) -> Evaluate:
+    for name in ("xy_CHARUCO.csv", "timestamps.csv"):
+        (folder / name).write_text("no,such,columns\n1,2,3\n")
+    return Evaluate(board=str(folder))
+
+
+def reference(folder: Path) -> Evaluate:
+    np.savez(folder / "K.npz", K=np.eye(3))
+    return Evaluate(reference=str(folder / "K.npz"))
+
+
+def calibration(folder: Path) -> Align:
+    (folder / "calibration.json").write_text("camera,scale\n")
+    return Align(per_camera_calib=str(folder / "calibration.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: {"scale": ScaleOptions(baseline=["cam0", "cam9"], baseline_m=0.1)}, ["cam9", "cam0, cam1, cam2"]),
+        (lambda _: {"model": replace(option("model", "vggt-twin"), views=5)}, ["model.views=5", "3 cameras"]),
+        (lambda _: {"align": Align(per_camera_calib="none.json")}, ["align.per_camera_calib=none.json"]),
+        (lambda folder: {"align": calibration(folder)}, ["calibration.json", "no JSON"]),
+        (lambda folder: {"evaluate": reference(folder)}, ["K.npz", "points_mm or points"]),
+        (lambda folder: {"evaluate": board(folder)}, ["xy_CHARUCO.csv"]),
+    ],
+    ids=["baseline", "views", "no calibration", "calibration", "reference", "board"],
+)
+def test_refused_before_any_work(tmp_path: Path, change, words: list[str]) -> None:
+    settings = config(tmp_path, **change(tmp_path))
+    with pytest.raises(ReconError) as caught:
+        run(Run(settings, tmp_path / "run", Store(settings)))
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.remedy
+    assert not list((tmp_path / "out").rglob("*.onnx"))
+    with pytest.raises(ReconError, match=caught.value.problem.partition(":")[0].replace("[", r"\[")):
+        plan(settings)
+
+
+def test_recorded_depth_is_asked_for_where_there_is_some(tmp_path: Path) -> None:
+    write_recording(tmp_path)
+    images = Images(name="images", path=str(tmp_path / "images"))
+    with_depth = replace(images, depth=str(tmp_path / "depth"))
+    assert [source.has_depth() for source in (images, with_depth, replace(with_depth, live_path="L"))] == [0, 1, 0]
+    assert isinstance(SOURCE, Synthetic)
+    assert SOURCE.has_depth()
+    assert not Videos(name="videos", path="v").has_depth()
+    recorded = option("depth", "recorded")
+    preflight(config(tmp_path, depth=recorded, source=with_depth, stages=["depth"]))
+    for stages in (["depth"], ["reconstruct"]):
+        with pytest.raises(ReconError, match="source=images has no recorded depth"):
+            preflight(config(tmp_path, depth=recorded, source=images, stages=stages))
+    with pytest.raises(ReconError, match="model=recorded: camera cam0 has no intrinsics and no poses"):
+        preflight(config(tmp_path, model=option("model", "recorded"), source=with_depth))
+
+
+def test_stages_that_need_no_source_do_not_look_at_one(tmp_path: Path) -> None:
+    preflight(config(tmp_path, source=Images(name="images", path="none"), stages=["export", "build"]))
