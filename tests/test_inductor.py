@@ -192,6 +192,8 @@ def test_packages_are_not_loaded_on_trust(products: Path, tmp_path: Path) -> Non
     strange.write_bytes(products.read_bytes())
     with engine(allow_foreign=True).load(strange) as session:
         assert session.infer(images(0))["tokens"].isfinite().all()
+    with pytest.raises(ReconError, match=r"gone\.pt2: no such file"):
+        engine().load(tmp_path / "gone.pt2")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "junk", "empty", "missing"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from recon.engines import Build, Engine, Session
 from recon.errors import ReconError
 from recon.formats import Inspection, LayerFormat, Recipe, RestFormat
+from recon.lowbit import EXAMPLE_SEEDS
 from recon.lowbit.support import device_name, full_fp32, refusal
 from recon.machine import MIB, require_device, rss_mib
 from recon.network import Network, TensorSpec
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 _SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks that were opened in this process
-EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
 
 
 class TorchSession(Session):

@@ -3,3 +3,6 @@
 `support.refusal` says what a device can do and needs no torch to import; `apply.prepare` turns an FP32 module and a
 recipe into one that runs, exports and compiles.
 """
+
+EXAMPLE_SEEDS = (0, 1)
+"""Seeds of the example inputs that show which layers FP16 cannot hold, beside what calibration saw."""

@@ -36,7 +36,10 @@ def simulate(module: nn.Module, recipe: Recipe) -> Iterator[nn.Module]:
         for path, form in recipe.layers.items():
             layer = layers.get(path)
             if not isinstance(layer, nn.Linear):
-                raise ReconError(f"the recipe treats {path}, which is no Linear layer of the network", "make it anew")
+                raise ReconError(
+                    f"the recipe treats {path}, which is no Linear layer of the network",
+                    "the recipe is one of another network: calibrate and quantise this one",
+                )
             weights[layer] = layer.weight
             value = recipe.weights[path].dequantised().to(layer.weight.device, layer.weight.dtype)
             layer.weight = nn.Parameter(value, requires_grad=False)

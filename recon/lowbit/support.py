@@ -1,4 +1,4 @@
-"""Which formats PyTorch can compute on which device."""
+"""Devices as PyTorch has them: their names, the state that they compute in, and which formats they can compute."""
 
 from __future__ import annotations
 

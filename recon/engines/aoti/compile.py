@@ -26,14 +26,17 @@ from recon.engines.aoti.record import Recorder
 from recon.errors import ReconError
 from recon.formats import Recipe
 from recon.kernels.form import FastNetwork
+from recon.lowbit import EXAMPLE_SEEDS
 from recon.lowbit.apply import Wide, prepare, stored_bytes
 from recon.lowbit.support import device_name
 from recon.network import Network, TensorSpec
 
 log = logging.getLogger(__name__)
 
-EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
 LOGGERS = ("torch._inductor", "torch.export", "torch._export")
+STARVED = (
+    "out of memory", "can't allocate memory", "not enough memory", "killed signal", "signal killed", "std::bad_alloc",
+)  # fmt: skip
 
 
 def build(
@@ -43,7 +46,7 @@ def build(
 
     Raises:
         ReconError: no C++ compiler, not enough memory, an operation that cannot be exported or compiled, or
-            kernels=recon where recon's kernels cannot carry out the recipe.
+            kernels=recon or fp8_scores where recon's kernels cannot carry out the recipe.
     """
     reason, recipe = "", source.recipe
     if kernels != "inductor" and not (reason := _unfit(kernels, device, max_autotune)):
@@ -56,7 +59,8 @@ def build(
         reason, recipe = found, lambda: made
     if kernels == "recon" or fp8_scores:
         knob = "engine.kernels=recon" if kernels == "recon" else "engine.fp8_scores=true"
-        raise ReconError(f"{knob}: {reason}", "engine.kernels=inductor compiles the plain network")
+        without = " engine.fp8_scores=false" if fp8_scores else ""  # which Inductor's kernels refuse
+        raise ReconError(f"{knob}: {reason}", f"engine.kernels=inductor{without} compiles the plain network")
     return _compile(source, recipe(), out, device, max_autotune) | _route(kernels, "inductor", reason)
 
 
@@ -239,22 +243,11 @@ def failure(text: str, network: Network, device: str) -> ReconError:
     """What a message of torch or of the C++ compiler means."""
     last = json.dumps(text.splitlines()[0][:300])
     lower = text.lower()
-    starved = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "killed signal",
-        "signal killed",
-        "std::bad_alloc",
-    )
-    if any(sign in lower for sign in starved):
-        need = (
-            f"one FP32 inference of {network.name} needs about {network.memory_mib:.0f} MiB"
-            if network.memory_mib
-            else ""
-        )
+    if any(sign in lower for sign in STARVED):
+        known = network.memory_mib
+        need = f"; one FP32 inference of {network.name} needs about {known:.0f} MiB" if known else ""
         return ReconError(
-            f"{network.name}: not enough memory on {device} to compile: {last}{'; ' + need if need else ''}",
+            f"{network.name}: not enough memory on {device} to compile: {last}{need}",
             "fewer views, a smaller input, precision=bf16, or a machine with more memory",
         )
     if "compileerror" in lower.replace(" ", "") or "error: command" in lower or "c++ compile" in lower:

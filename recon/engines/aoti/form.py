@@ -26,11 +26,11 @@ from recon.formats import Recipe
 from recon.kernels import FORM_VERSION
 from recon.kernels.form import CAPABILITY, FastNetwork, rebuild
 from recon.kernels.record import Recorder
+from recon.lowbit import EXAMPLE_SEEDS
 from recon.lowbit.fast import dtype_of, why_not, why_too_wide
 from recon.lowbit.support import current, device_name, full_fp32
 from recon.network import Network, TensorSpec
 
-EXAMPLE_SEEDS = (0, 1)  # inputs that show which layers FP16 cannot hold, beside what calibration saw
 STORED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8"}
 
 

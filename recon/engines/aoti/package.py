@@ -22,6 +22,7 @@ from recon.network import TensorSpec
 
 IDENTITY = "recon.json"  # in the metadata of a package without code: without the suffix
 KERNELS = "kernel_information.json"
+BUILD_IT = "run stages=[build] with engine=inductor first"
 _compiled_here: set[str] = set()  # hashes
 
 
@@ -60,7 +61,7 @@ def read(path: Path) -> tuple[Identity, dict[str, list[str]]]:
         ReconError: the file is missing, damaged, or no package that recon built.
     """
     if not path.is_file():
-        raise ReconError(f"{path}: no such file", "run stages=[build] with engine=inductor first")
+        raise ReconError(f"{path}: no such file", BUILD_IT)
     try:
         if not zipfile.is_zipfile(path):
             with safe_open(path, framework="pt") as file:
@@ -92,12 +93,14 @@ def trust(path: Path) -> None:
 
 def require_trusted(path: Path) -> None:
     """Raise ReconError unless the file is one of ours, unchanged, or holds no code."""
+    if not path.is_file():
+        raise ReconError(f"{path}: no such file", BUILD_IT)
     if manifest_path(path).exists():
         manifest = read_manifest(path)
         if path.name not in manifest.files:
             raise Damaged(f"{path}: its manifest is another file's")
         verify(path.parent, manifest)
-    elif not path.is_file() or (zipfile.is_zipfile(path) and file_hash(path) not in _compiled_here):
+    elif zipfile.is_zipfile(path) and file_hash(path) not in _compiled_here:
         raise ReconError(
             f"{path}: has no manifest, and loading a package runs the native code in it",
             "build it with stages=[build]; for a file whose origin you know: engine.allow_foreign=true",

@@ -14,28 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from recon.lowbit.apply import WRAPPED, Wide
+from recon.lowbit.stored import NAMES, codebook_format, name_of
 
 PRODUCT = re.compile(
     r"(^|_)(mm|addmm|bmm|baddbmm|addmv|mv)($|_)|convolution|scaled_dot_product|flex_attention|linear_pointwise|mkl_linear"
 )
 BIASED = ("addmm", "baddbmm", "addmv")  # their first operand is added
-NAMES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.int32: "int32",
-    torch.float8_e4m3fn: "fp8", torch.uint8: "uint8", torch.float64: "fp64",
-}  # fmt: skip
 STORED = ("weight", "codes")  # last part of the name of what a layer multiplies with
 LAYOUT = {
-    "permute",
-    "view",
-    "reshape",
-    "convert_element_type",
-    "expand",
-    "clone",
-    "_to_copy",
-    "slice",
-    "unsqueeze",
-    "t",
-}
+    "permute", "view", "reshape", "convert_element_type", "expand", "clone", "_to_copy", "slice", "unsqueeze", "t",
+}  # fmt: skip
 
 
 @dataclass
@@ -83,8 +71,7 @@ class Recorder:
             book = next((t for t in tensors if t.shape == (16,) and t.dtype == torch.float32), None)
             if book is None:
                 return "uint8"
-            mirrored = bool(torch.equal(book.sort().values, (-book).sort().values))
-            return ("nvfp4" if torch.float8_e4m3fn in formats else "fp4") if mirrored else "nf4"
+            return codebook_format(book, torch.float8_e4m3fn in formats)
         return NAMES.get(max(tensors, key=torch.numel).dtype, "unknown")
 
     def _path(self, names: list[str]) -> str:
@@ -145,7 +132,7 @@ def _op(node: fx.Node) -> str:
 def _format(node: fx.Node) -> str:
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) else value
-    return NAMES.get(value.dtype, str(value.dtype)) if isinstance(value, Tensor) else "unknown"
+    return name_of(value.dtype) if isinstance(value, Tensor) else "unknown"
 
 
 def _constant(module: nn.Module, name: str) -> Tensor:

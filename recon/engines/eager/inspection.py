@@ -19,14 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recon.formats import EngineLayer, Inspection
 from recon.lowbit.apply import WRAPPED, Wide
 from recon.lowbit.linear import LowBitLinear
+from recon.lowbit.stored import codebook_format, name_of
 from recon.network import TensorSpec
 
 PRODUCT = re.compile(r"^_?(linear|mm|addmm|bmm|baddbmm|int_mm|scaled_mm|convolution|scaled_dot_product\w+)$")
 BIASED = ("addmm", "baddbmm")  # their first operand is added
-NAMES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.uint8: "uint8",
-    torch.float8_e4m3fn: "fp8", torch.float64: "fp64",
-}  # fmt: skip
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, LowBitLinear)
 
 
@@ -67,7 +64,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         if PRODUCT.match(name):
             operands = [value for value in args if isinstance(value, Tensor)][1 if name in BIASED else 0 :][:2]
-            kinds = tuple(NAMES.get(value.dtype, str(value.dtype)) for value in operands)
+            kinds = tuple(name_of(value.dtype) for value in operands)
             self.seen.append((self.at[-1] if self.at else "", name, kinds))
         return result
 
@@ -91,9 +88,8 @@ def stored_as(layer: nn.Module) -> str:
     assert isinstance(tensor, Tensor)
     book = getattr(layer, "codebook", None)
     if not isinstance(book, Tensor):
-        return NAMES.get(tensor.dtype, str(tensor.dtype))
-    mirrored = bool(torch.equal(book.sort().values, (-book).sort().values))
-    return ("nvfp4" if getattr(layer, "block_scale", None) is not None else "fp4") if mirrored else "nf4"
+        return name_of(tensor.dtype)
+    return codebook_format(book, getattr(layer, "block_scale", None) is not None)
 
 
 def _enter(at: list[str], name: str, *_: object) -> None:

@@ -1,7 +1,7 @@
 """What ONNX Runtime's providers can carry out, and which of its rewrites would undo a quantised graph.
 
 Found by running one small graph per format and provider (tests/test_engines.py does it again with the installed
-version; measured with 1.31.1). `KERNELS` holds what fails, with ONNX Runtime's own reason in our words.
+version; measured with 1.31.1). `LACKING` holds what fails, with ONNX Runtime's own reason in our words.
 
 Left alone, ONNX Runtime 1.31 gives up quantisation in four silent ways, each seen in its optimised graph:
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 NO_FP4 = "has no kernel for four-bit E2M1 values (FLOAT4E2M1), in which NVFP4 is stored"
-KERNELS: dict[str, dict[str, str]] = {
+LACKING: dict[str, dict[str, str]] = {
     "cpu": {
         "bf16": "has no bfloat16 kernel for Gemm, MatMul, Conv, Softmax, Relu and most others",
         "nvfp4": NO_FP4,
@@ -65,7 +65,7 @@ class Rewrites:
 
 def refusal(provider: str, formats: Sequence[LayerFormat], rest: RestFormat) -> str:
     """Why a provider cannot carry out these formats; empty when it can."""
-    table = KERNELS[provider]
+    table = LACKING[provider]
     asked = [rest, *(form.weight for form in formats)]
     found = next((name for name in asked if name in table), "")
     return f"ONNX Runtime's {provider} provider {table[found]}" if found else ""

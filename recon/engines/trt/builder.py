@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
@@ -85,7 +85,7 @@ def _plan(
         raise KeyboardInterrupt
     if plan is None:
         raise explained(heard, situation())
-    _save_timing_cache(library, config, cache)
+    _save_timing_cache(config, cache)
     del parser  # it had to outlive the build
     facts = {
         "plan": _facts(engine, library, inputs, built_for),
@@ -156,7 +156,7 @@ def _timing_cache(library: Library, config: Any, kept: Path) -> Path | None:
     return path
 
 
-def _save_timing_cache(library: Library, config: Any, path: Path | None) -> None:
+def _save_timing_cache(config: Any, path: Path | None) -> None:
     if path is not None:
         write_atomic(path, bytes(memoryview(config.get_timing_cache().serialize())))
 
@@ -224,8 +224,8 @@ def _keep(file: Path, kept: Path) -> None:
         shutil.copyfile(file, kept)
 
 
-def _situation(engine: TensorRT, library: Library, onnx: Path, kept: Path) -> Any:
-    """Reads memory when it is called: at the moment of failure."""
+def _situation(engine: TensorRT, library: Library, onnx: Path, kept: Path) -> Callable[[], Situation]:
+    """What `failures` is told; memory is read when it is called, at the moment of failure."""
     weights = sum(part.stat().st_size for part in onnx.parent.glob(onnx.name + "*") if part.suffix != ".json")
 
     def now() -> Situation:

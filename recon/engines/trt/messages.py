@@ -32,10 +32,9 @@ class Heard:
     file: TextIO | None = None
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    count: int = 0
 
     def take(self, severity: str, text: str) -> None:
-        self.count += 1
+        """Keep one message; severity: a key of LEVELS."""
         if self.file is not None:
             self.file.write(f"{severity} {text}\n")
         if LEVELS[severity] >= logging.ERROR:

@@ -69,10 +69,9 @@ def parse(library: Library, network: Any, logger: Any, model: onnx.ModelProto, p
     if parser.parse(model.SerializeToString(), str(path)):
         return parser
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    if not faults:
-        raise ReconError(f"{path.name}: TensorRT {library.version} cannot parse it: {heard.reason}", "")
+    reason = "; ".join(map(_fault, faults[:3])) or heard.reason
     raise ReconError(
-        f"{path.name}: TensorRT {library.version} cannot parse it: " + "; ".join(map(_fault, faults[:3])),
+        f"{path.name}: TensorRT {library.version} cannot parse it: {reason}",
         "write that operation in terms that TensorRT has, or choose engine=onnxruntime or engine=torch",
     )
 

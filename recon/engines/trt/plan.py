@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,12 @@ class PlanFacts:
     host_code: bool = False
     weight_streaming: bool = False
     profiles: tuple[Profile, ...] = ()
-    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> PlanFacts:
         """From a manifest's plain data."""
         known = {name: data[name] for name in (item.name for item in fields(cls)) if name in data}
         known["targets"], known["profiles"] = tuple(known["targets"]), tuple(known.get("profiles", ()))
-        known["inputs"] = {name: tuple(shape) for name, shape in known.get("inputs", {}).items()}
         return cls(**known)
 
 

@@ -75,8 +75,7 @@ def _fit_input(where: str, name: str, points: Mapping[str, Sequence[int]], input
     shape = inputs[name]
     for point in POINTS:
         sizes = tuple(points[point])
-        fixed = len(sizes) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, sizes, strict=True))
-        if fixed:
+        if len(sizes) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, sizes, strict=True)):
             raise ReconError(f"{where}.{point}={list(sizes)}: the graph's input is {list(shape)}", "-1 alone may vary")
 
 
