@@ -254,6 +254,7 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "missing path": (lambda root: {"path": str(root / "nowhere")}, r"nowhere: no such folder"),
     "path is a file": (lambda root: {"path": str(root / "K.npz")}, r"K\.npz: is a file"),
     "empty folder": (_empty("void"), r"void: is empty"),
+    "no images": (lambda root: {"path": str(root / "films")}, r"films: no image is in it\n.*source=videos reads"),
     "camera without frames": (_empty("images/back"), r"camera 'back' has no frames"),
     "two sizes in one camera": (_other_size, r"camera left: .*f2\.png is 41x30, f1\.png is 40x30"),
     "truncated JPEG": (_jpeg_cut, r"f1\.jpg: cannot be decoded: .*truncated"),
@@ -300,6 +301,8 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_found_before_any_work_and_explained(folder: Path, case: str) -> None:
     break_it, message = BAD[case]
+    (folder / "films").mkdir()
+    (folder / "films" / "left.mp4").write_bytes(b"a film")
     source = _source(folder, **break_it(folder))
     with pytest.raises(ReconError, match=message) as caught:
         _examine(source)

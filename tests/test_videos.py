@@ -222,9 +222,18 @@ def test_one_folder_per_camera_one_file_and_what_is_neither(tmp_path: Path) -> N
     for path, message in [("v", "2 videos"), ("w", "no such folder"), ("v/cam_2/../../v/cam_2/x.mp4", "no such")]:
         with pytest.raises(ReconError, match=message):
             source(tmp_path, path=str(tmp_path / path)).cameras()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ReconError, match="no videos"):
+    (tmp_path / "empty" / "cam_2").mkdir(parents=True)
+    with pytest.raises(ReconError, match="cam_2: no video in it") as caught:
         source(tmp_path, path=str(tmp_path / "empty")).cameras()
+    assert "source=images" in caught.value.remedy
+    with pytest.raises(ReconError, match="no videos"):
+        source(tmp_path, path=str(tmp_path / "empty" / "cam_2")).cameras()
+
+
+def test_a_start_after_the_end_says_how_long_it_is(folder: Path) -> None:
+    for span, words in (({"start_s": 60.0}, "source.start_s=60"), ({"start_s": 9.0, "end_s": 9.5}, "source.end_s=9.5")):
+        with pytest.raises(ReconError, match=rf"{words}: no frame is there then; the last one comes 2\.300 s after"):
+            source(folder, **span).validate()
 
 
 def test_a_camera_that_ends_early_is_missed_but_not_waited_for(

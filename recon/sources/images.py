@@ -332,7 +332,8 @@ def scan(folder: Path) -> Frames:
         frames = {camera.name: _images(camera) for camera in folders}
     if not frames:
         raise ReconError(
-            f"source folder {folder}: is empty", f"put images ({', '.join(SUFFIXES)}) into one folder per camera"
+            f"source folder {folder}: {'no image is in it' if entries else 'is empty'}",
+            f"put images ({', '.join(SUFFIXES)}) into one folder per camera; source=videos reads video files",
         )
     if bare := [name for name, files in frames.items() if not files]:
         raise ReconError(

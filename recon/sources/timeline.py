@@ -148,10 +148,21 @@ def lockstep(counts: dict[str, int]) -> list[Moment]:
 
 
 def between(found: list[Moment], start_s: float, end_s: float | None) -> list[Moment]:
-    """The moments from `start_s` to `end_s` after the first one, seconds."""
+    """The moments from `start_s` to `end_s` after the first one, seconds.
+
+    Raises:
+        ReconError: there are moments, but none in that span.
+    """
     first = found[0].time_s if found else 0.0
     last = math.inf if end_s is None else first + end_s
-    return [moment for moment in found if first + start_s <= moment.time_s <= last]
+    kept = [moment for moment in found if first + start_s <= moment.time_s <= last]
+    if found and not kept:
+        span = f"source.start_s={start_s:g}" + ("" if end_s is None else f" source.end_s={end_s:g}")
+        raise ReconError(
+            f"{span}: no frame is there then; the last one comes {found[-1].time_s - first:.3f} s after the first",
+            "both count seconds after the first frame of the cameras in use",
+        )
+    return kept
 
 
 def skew(found: Sequence[Moment], cameras: int, bound_ms: float) -> dict[str, Any]:

@@ -242,7 +242,12 @@ def find_videos(path: Path) -> dict[str, Path]:
             (e for e in path.iterdir() if e.is_dir() and e.name[0] != "."), key=lambda e: natural(e.name)
         ):
             own = videos(folder)
-            if len(own) != 1:
+            if not own:
+                raise ReconError(
+                    f"{folder}: no video in it",
+                    "one video per camera's folder; source=images reads folders of images",
+                )
+            if len(own) > 1:
                 raise ReconError(f"{folder}: {len(own)} videos", "one video per camera's folder; join the parts first")
             found[folder.name] = own[0]
     if not found:
