@@ -309,6 +309,15 @@ def test_bad_input_is_found_before_any_work_and_explained(folder: Path, case: st
     assert caught.value.remedy
 
 
+def test_images_beside_the_cameras_folders_are_told_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _source(folder).validate()
+    assert not caplog.records
+    _picture(folder / "images" / "overview.png", 1)
+    _source(folder).validate()
+    assert "1 images beside the cameras' folders are not used" in caplog.text
+    assert "overview.png" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["size", "bits"])
 def test_depth_of_another_size_or_kind_is_refused(folder: Path, kind: str) -> None:
     wrong = np.ones((10, 10), np.uint16) if kind == "size" else np.ones(SIZE[::-1], np.uint8)

@@ -85,6 +85,7 @@ class Images(Recording):
                         f"camera {camera}: {other} is {_by(sizes[other])}, {first.name} is {_by(sizes[first])}",
                         "all frames of a camera must have one size",
                     )
+            _tell_of_loose_images(Path(self.path if frames is folders[0] else str(self.live_path)), frames)
         self._calibration(folders[0])
         if self.depth and self.scale().unit == "arbitrary":
             raise ReconError(
@@ -341,6 +342,13 @@ def scan(folder: Path) -> Frames:
             f"images end in {', '.join(SUFFIXES)}; remove the folder if it is no camera",
         )
     return frames
+
+
+def _tell_of_loose_images(folder: Path, frames: Frames) -> None:
+    """Images beside the cameras' folders belong to no camera."""
+    flat = next(iter(frames.values()))[0].parent == folder
+    if not flat and (loose := _images(folder)):
+        log.warning("%s: %d images beside the cameras' folders are not used: %s", folder, len(loose), loose[0].name)
 
 
 def _images(folder: Path) -> list[Path]:
