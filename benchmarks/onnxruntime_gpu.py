@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import check, host, say
-from onnxruntime_gpu_checks import Graph, checks, engine_of, label, opened, worst
+from onnxruntime_gpu_checks import Graph, checks, engine_of, errors_of, label, opened
 
 from recon.benchmark.contract import BenchmarkOptions, benchmark
 
@@ -154,7 +154,7 @@ def measured(graph: Graph, arguments: argparse.Namespace, options: BenchmarkOpti
     out = arguments.work / f"{graph.network}_{graph.asked}.{arguments.provider}.engine"
     facts = engine.optimise(graph.onnx, out)
     with opened(engine, out) as session:
-        errors = worst(graph, session)
+        errors = errors_of(graph, session)
         found = benchmark(session, graph.feeds[0], options)
     products = [f"{layer.op} {layer.compute} {layer.weight}".strip() for layer in engine.inspect(out).layers]
     rows.append(

@@ -45,7 +45,7 @@ def opened(engine: OnnxRuntime, path: Path) -> Session:
     return engine.load(path)
 
 
-def worst(graph: Graph, session: Session) -> dict[str, float]:
+def errors_of(graph: Graph, session: Session) -> dict[str, float]:
     """Relative L2 of every output against the CPU provider on the same graph."""
     pairs = ((expected, session.infer(feeds)) for feeds, expected in zip(graph.feeds, graph.expected, strict=True))
     host = ((expected, {name: value.cpu() for name, value in got.items()}) for expected, got in pairs)
@@ -178,7 +178,7 @@ def true_fp32(graph: Graph, path: Path) -> str:
     errors = {}
     for tf32 in (True, False):
         with opened(engine_of("cuda", tf32=tf32), path) as session:
-            errors[tf32] = max(worst(graph, session).values())
+            errors[tf32] = max(errors_of(graph, session).values())
     assert errors[False] < 1e-4, errors
     return f"relative L2 {errors[True]:.1e} with TF32, {errors[False]:.1e} without"
 

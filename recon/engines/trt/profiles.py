@@ -40,7 +40,10 @@ def _check_points(where: str, points: Mapping[str, Sequence[int]]) -> None:
         raise ReconError(f"{where} has {sorted(points)}", "give exactly min, opt and max, each a list of sizes")
     low, best, high = (tuple(points[point]) for point in POINTS)
     if not len(low) == len(best) == len(high) or not low:
-        raise ReconError(f"{where}: min, opt and max have {len(low)}, {len(best)} and {len(high)} sizes", "same rank")
+        raise ReconError(
+            f"{where}: min, opt and max have {len(low)}, {len(best)} and {len(high)} sizes",
+            "give each as many sizes as the input has axes",
+        )
     for axis, sizes in enumerate(zip(low, best, high, strict=True)):
         if not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             raise ReconError(
@@ -76,7 +79,10 @@ def _fit_input(where: str, name: str, points: Mapping[str, Sequence[int]], input
     for point in POINTS:
         sizes = tuple(points[point])
         if len(sizes) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, sizes, strict=True)):
-            raise ReconError(f"{where}.{point}={list(sizes)}: the graph's input is {list(shape)}", "-1 alone may vary")
+            raise ReconError(
+                f"{where}.{point}={list(sizes)}: the graph's input is {list(shape)}",
+                "sizes may differ where the graph has -1, and are the same elsewhere",
+            )
 
 
 def require(profiles: Sequence[Profile], inputs: Mapping[str, TensorSpec], feeds: Mapping[str, torch.Tensor]) -> None:

@@ -188,7 +188,9 @@ class _Bound:
         import torch
 
         if any(size < 0 for size in shape):
-            raise ReconError(f"{self._name}: the shape of {name!r} depends on data", "export the network without it")
+            raise ReconError(
+                f"{self._name}: the shape of {name!r} depends on data", "export the network without that output"
+            )
         kind = DTYPES[shared.engine.get_tensor_dtype(name).name]
         buffer = torch.zeros(shape, dtype=getattr(torch, kind), device=f"cuda:{shared.device}")
         self.memory_mib += buffer.numel() * buffer.element_size() / MIB
