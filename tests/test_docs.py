@@ -1,12 +1,15 @@
-"""Every command that docs/ shows for sources, live runs, hand-over and viewer runs, in its small form."""
+"""Every command that docs/ shows for sources, live runs, hand-over and viewer runs, in its small form; and figures."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +83,66 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_commands_are_found() -> None:
     assert {page for page, _ in commands()} == {"sources.md", "handover.md", "viewer.md"}
     assert len(commands()) >= 9
+
+
+def table(page: str, heading: str) -> dict[str, list[str]]:
+    """Cells by the first cell of every row of the table whose head begins with `heading`; '-' rows are left out."""
+    lines = (ROOT / "docs" / page).read_text().split(f"| {heading}")[1].splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {row[0]: row[1:] for row in rows}
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def test_fusion_quotes_its_raw_output() -> None:
+    raw = results("fusion_cpu")
+    speed = table("fusion.md", "per 640x480 frame")
+    accuracy = table("fusion.md", "accuracy: P / R / F")
+    rendered = table("fusion.md", "depth rendered into 40 frames")
+    for column, voxel in enumerate(("20mm", "10mm")):
+        for name, cells in speed.items():
+            times = raw[voxel]["speed"][name]
+            assert cells[column] == f"{np.median(times['cpu_ms']):.1f} / {min(times['wall_ms']):.1f}", (name, voxel)
+        for name, cells in accuracy.items():
+            for place, frames in enumerate(("bootstrap_8_frames_w1", "all_160_frames_w1")):
+                found = raw[voxel]["accuracy"][frames][name]
+                said = " / ".join(f"{found[key]:.3f}" for key in ("precision", "recall", "f_score"))
+                assert cells[2 * column + place] == said, (name, voxel, frames)
+        for name, cells in rendered.items():
+            found = raw[voxel]["held_out"][name]
+            times = f"{np.median(found['render_ms'][1:]):.1f} ms, median error {found['median_abs_mm']:.1f} mm"
+            assert cells[column].startswith(times), (name, voxel)
+
+
+def test_live_and_alignment_quote_their_raw_output() -> None:
+    names = ("live_gpu_h200", "live_gpu_h200_surfel", "live_gpu_h200_mini")
+    for name, cells in zip(names, list(table("live.md", "| frames fused").values()), strict=True):
+        raw = results(name)
+        assert cells[0] == f"{raw['frames_fused']:,} of {raw['frames']:,}"
+        assert cells[2].strip("*") == f"{raw['latency_ms']['p50']:.1f} / {raw['latency_ms']['p95']:.1f}"
+        said = [f"{raw['ms'][part]['p50']:.3g} / {raw['ms'][part]['p95']:.3g}" for part in ("depth", "align", "fuse")]
+        for cell, number in zip(" / ".join(cells[3:6]).split(" / "), " / ".join(said).split(" / "), strict=True):
+            assert float(cell) == pytest.approx(float(number), abs=0.011)
+    figures = {row["figure"]: row["measured"] for row in results("alignment_cpu")["rows"]}
+    cost = [figures[f"A4 {how}: CPU ms, median"] for how in ("RANSAC, 5000 pixels", "prior, 5000 pixels")]
+    assert f"| {cost[0]:.1f} / {cost[1]:.2f} ms |" in (ROOT / "docs" / "alignment.md").read_text()
+
+
+def test_quantisation_quotes_its_raw_output() -> None:
+    text = (ROOT / "docs" / "quantisation.md").read_text()
+    for row in results("quant_trained_cpu")["rows"]:
+        model, depth = row["model"], row["depth"]
+        kept = "list" if row["keep"] else "-"
+        said = [
+            row["quant_mode"], row["precision"], kept, model["verdict"], f"{model['mb']:.1f} + {depth['mb']:.1f}",
+            f"{model['summary']['absrel']:.4f}", f"{model['summary']['auc30']:.4f}",
+            f"{model['summary']['rotation_median_deg']:.2f} deg",
+            f"{depth['summary']['absrel']:.4f}", f"{depth['summary']['delta1']:.4f}",
+        ]  # fmt: skip
+        assert f"| {' | '.join(said)} |" in text, said
 
 
 @pytest.mark.slow
