@@ -163,6 +163,6 @@ def _device() -> dict[str, str]:
 
     if not torch.cuda.is_available():
         return {}
-    found = {"gpu": str(torch.cuda.get_device_name(0)), "cuda": str(torch.version.cuda)}
+    found = {"gpu": str(torch.cuda.get_device_name()), "cuda": str(torch.version.cuda)}
     driver = Path("/proc/driver/nvidia/version")
     return found | ({"driver": driver.read_text().splitlines()[0]} if driver.is_file() else {})

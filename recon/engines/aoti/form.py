@@ -130,8 +130,9 @@ def opened(path: Path, identity: Identity, device: str) -> FastNetwork:
         )
     if reason := why_not_on(device):
         raise ReconError(f"{path}: {reason}", "engine.kernels=inductor builds a package that needs no Triton")
+    place = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device  # safetensors wants the number
     try:
-        with safe_open(path, framework="pt", device="cuda:0" if device == "cuda" else device) as file:
+        with safe_open(path, framework="pt", device=place) as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         network = rebuild(form["family"], form["settings"], tensors)
     except ReconError as error:

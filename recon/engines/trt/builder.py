@@ -147,7 +147,7 @@ def _timing_cache(library: Library, config: Any, kept: Path) -> Path | None:
         return None
     import torch
 
-    gpu = torch.cuda.get_device_name(0).replace(" ", "-").lower()
+    gpu = torch.cuda.get_device_name().replace(" ", "-").lower()
     path = kept.parent / f"tensorrt-{library.version}_{gpu}.timing"
     known = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if not config.set_timing_cache(known, ignore_mismatch=False):
@@ -240,5 +240,5 @@ def _free_mib() -> tuple[float, float | None]:
     import psutil
     import torch
 
-    gpu = torch.cuda.mem_get_info(0)[0] / MIB if torch.cuda.is_available() else None
+    gpu = torch.cuda.mem_get_info()[0] / MIB if torch.cuda.is_available() else None
     return float(psutil.virtual_memory().available) / MIB, gpu
