@@ -170,7 +170,7 @@ def enforce(options: AccuracyOptions, found: dict[str, Any], name: str) -> None:
             raise ReconError(
                 f"{name}: {key} {found[key]:.3g} against FP32 torch is beyond accuracy.{option}={limit:g} ({numbers})",
                 "choose a wider precision, keep the most sensitive layers (stages=[sensitivity] ranks them,"
-                " quant_mode.keep=FILE leaves them alone), or raise the limit",
+                " quant_mode.keep=[FILE] leaves them alone), or raise the limit",
             )
 
 

@@ -103,17 +103,20 @@ def require_own_keep_lists(entries: list[str], networks: Collection[Network]) ->
 
 
 def require_matches(entries: list[str], layers: Mapping[str, Collection[str]]) -> None:
-    """A pattern of `quant_mode.keep` that names no layer keeps nothing. layers: module paths by network of the run.
+    """A pattern of `quant_mode.keep`, or of a list in it, that names no layer keeps nothing.
+
+    layers: module paths by network of the run.
 
     Raises:
-        ReconError: the pattern, and the layers that it may have meant.
+        ReconError: the pattern, and the layers that it may have meant; or as `keep_list`.
     """
     known = [path for paths in layers.values() for path in paths]
-    for pattern in entries:
-        if not pattern.endswith(".json") and not any(fnmatchcase(path, pattern) for path in known):
+    for given, pattern in [(entry, one) for entry in entries for one in keep_list([entry])]:
+        if not any(fnmatchcase(path, pattern) for path in known):
             near = difflib.get_close_matches(pattern, known, 3, cutoff=0.3) or known[:3]
+            said = pattern if given == pattern else f"{given}: {pattern}"
             raise ReconError(
-                f"quant_mode.keep={pattern}: names no layer of {' or '.join(layers)}",
+                f"quant_mode.keep={said}: names no layer of {' or '.join(layers)}",
                 f"paths there are such as {', '.join(near)}; * stands for any part",
             )
 

@@ -234,9 +234,14 @@ def test_bad_keep_lists(text: str | None, message: str, tmp_path: Path) -> None:
         keep_list([str(file)])
 
 
-def test_a_pattern_that_keeps_nothing_is_an_error() -> None:
+def test_a_pattern_that_keeps_nothing_is_an_error(tmp_path: Path) -> None:
     layers = {"vggt": ["camera_head.trunk.0.fc1", "a.qkv"], "da": ["encoder.0.fc1"]}
-    require_matches(["camera_head.*", "encoder.0.fc1", "list.json"], layers)
+    file = tmp_path / "list.json"
+    file.write_text('{"keep": ["a.*"]}')
+    require_matches(["camera_head.*", "encoder.0.fc1", str(file)], layers)
+    file.write_text('{"keep": ["a.*", "decoder.*"]}')
+    with pytest.raises(ReconError, match=r"list\.json: decoder\.\*: names no layer of vggt or da"):
+        require_matches([str(file)], layers)
     with pytest.raises(ReconError, match=r"keep=camer_head\.\*: names no layer of vggt or da") as caught:
         require_matches(["a.*", "camer_head.*"], layers)
     assert "camera_head.trunk.0.fc1" in caught.value.remedy
