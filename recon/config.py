@@ -251,6 +251,8 @@ def check(config: Config) -> None:
             )
     if not config.stages:
         raise ReconError("stages=[]: nothing to do", f"choose from {', '.join(STAGES)}")
+    if not config.output:
+        raise ReconError("output= is empty", "give a folder (was a shell variable not set?), or leave it out")
     if not config.name or "/" in config.name or config.name.startswith("."):
         raise ReconError(
             f"name={config.name}: becomes the end of a folder's name", "give letters, digits and hyphens: name=kitchen"

@@ -24,10 +24,7 @@ def explain(error: BaseException, arguments: Sequence[str]) -> ReconError:
     if isinstance(error, ReconError):
         return error
     if isinstance(error, OverrideParseException):
-        return ReconError(
-            f"{error.override}: cannot be read as key=value",
-            "lists have no blanks: stages=[export,build]; a value with a comma has quotes: 'source.path=\"a,b\"'",
-        )
+        return ReconError(f"{error.override}: cannot be read as key=value", _quoted(error.override))
     if isinstance(error, MissingConfigException):
         return _no_such_option(error, arguments)
     if isinstance(error, OSError):
@@ -42,6 +39,16 @@ def explain(error: BaseException, arguments: Sequence[str]) -> ReconError:
     if isinstance(cause, OmegaConfBaseException):
         return _wrong_kind(cause, arguments)
     return _other(str(error), arguments)
+
+
+def _quoted(argument: str) -> str:
+    """How an argument has to be written that Hydra's grammar does not take: a path with = or letters beyond ASCII."""
+    key, is_value, value = argument.partition("=")
+    if not is_value or not value or value[0] in "[{" or key != key.strip():
+        return "give key=value without blanks, in lists, too: stages=[export,build]"
+    if value.startswith("~"):
+        return f"a shell leaves ~ alone here: {key}=$HOME{value[1:]}"
+    return f"put the value in quotes that the shell leaves alone: '{key}=\"{value}\"'"
 
 
 def _no_such_option(error: MissingConfigException, arguments: Sequence[str]) -> ReconError:
@@ -99,7 +106,10 @@ def _other(text: str, arguments: Sequence[str]) -> ReconError:
     first = text.partition("\n")[0].strip()
     if "Ambiguous value" in text or "requires --multirun" in text:
         typed = text.split("'")[1]
-        return ReconError(f"{typed}: several values for one run", f"python -m recon -m {typed} runs one job for each")
+        return ReconError(
+            f"{typed}: several values for one run",
+            f"python -m recon -m {typed} runs one job for each; {_quoted(typed)} for one value with a comma",
+        )
     if "No match in the defaults list" in text:
         group = text.split("'")[1]
         if (choice := _typed(group, arguments)) != group and group in ("quant", "sweep"):

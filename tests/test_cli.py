@@ -109,7 +109,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     [
         (["fusion=surfels"], ["surfels", "surfel"]),
         (["tracking=null"], ["tracking=null", "mlflow, none"]),
-        (["stages=[export,", "build]"], ["stages=[export,", "no blanks"]),
+        (["stages=[export,", "build]"], ["stages=[export,", "without blanks"]),
         (["+fuson=1"], ["unknown key fuson", "fusion"]),
         (["source.width=wide"], ["wide"]),
         (["source=images", "source.path=/no/such/folder"], ["/no/such/folder", "remedy"]),

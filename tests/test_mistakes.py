@@ -43,9 +43,13 @@ def said(*arguments: str) -> ReconError:
         ("depth.image_size=[a,b]", "depth.image_size=[a,b]: Value 'a'", "--cfg job"),
         ("evaluate=all", "evaluate=all: Invalid type", "--cfg job"),
         ("source=images", "source.path has no value", "give source.path=..."),
-        ("stages=[export,", "stages=[export,: cannot be read", "lists have no blanks"),
+        ("stages=[export,", "stages=[export,: cannot be read", "without blanks, in lists, too"),
+        ("demo", "demo: cannot be read", "give key=value"),
+        ("source.path=~/a", "source.path=~/a: cannot be read", "source.path=$HOME/a"),
+        ("source.path=a=b", "source.path=a=b: cannot be read", "'source.path=\"a=b\"'"),
+        ("source.path=Küche", "source.path=Küche: cannot be read", "'source.path=\"Küche\"'"),
         ("fusion=tsdf,surfel", "fusion=tsdf,surfel: several values", "python -m recon -m fusion=tsdf,surfel"),
-        ("fusion.voxel=1,2", "fusion.voxel=1,2: several values", "python -m recon -m fusion.voxel=1,2"),
+        ("fusion.voxel=1,2", "fusion.voxel=1,2: several values", "'fusion.voxel=\"1,2\"' for one value"),
         ("quant=none", "quant=none: quant is added", "write +quant=none"),
         ("sweep=smoke", "sweep=smoke: sweep is added", "write +sweep=smoke"),
         ("+engine=torch", "Multiple values for engine", "leave the + out"),
@@ -64,6 +68,9 @@ def test_the_argument_the_rule_and_the_remedy(arguments: str, problem: str, reme
 def test_remedies_that_are_arguments_compose() -> None:
     for argument in ("+quant=none", "+sweep=smoke", "stages=[build]", "model.width=56", "tracking=none"):
         compose("config", overrides=[argument])
+    for path in ("Küche", "a=b", "a,b", "x(1)"):
+        quoted = said("source=images", f"source.path={path}").remedy.partition("'")[2].partition("'")[0]
+        assert compose("config", overrides=["source=images", quoted]).source.path == path
 
 
 def test_an_output_folder_that_cannot_be_made() -> None:

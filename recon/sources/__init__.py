@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from recon.geometry.rig import Baseline, Rig
 
 
+FILES = ("path", "live_path", "depth", "intrinsics", "poses", "rig", "timestamps")
+"""Knobs of sources that name a file or folder."""
+
+
 @dataclass(frozen=True)
 class Surface:
     """Ground-truth surface samples. points: [N,3] in world units; `seen`: [N] bool, observed by some frame."""
@@ -134,6 +138,11 @@ class Calibrated(Source):
 
     def check(self) -> None:
         super().check()
+        for key in FILES:
+            if getattr(self, key, None) == "":
+                raise ReconError(
+                    f"source.{key}= is empty", "give a path (was a shell variable not set?), or leave it out"
+                )
         if self.poses_unit not in ("m", "arbitrary"):
             raise ReconError(
                 f"source.poses_unit={self.poses_unit}: m or arbitrary", "m if the translations are in metres"
