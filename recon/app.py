@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -68,11 +69,14 @@ def _hydra(composed: DictConfig) -> None:
     """One job. In a sweep an error is a row of the table and the other jobs go on."""
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    sweep = settings.runtime.choices.get("sweep")
-    if sweep is not None and settings.mode != RunMode.MULTIRUN:
-        raise ReconError(f"+sweep={sweep} without -m would run one of its jobs", f"python -m recon -m +sweep={sweep}")
     if settings.mode != RunMode.MULTIRUN:
-        _job(composed, settings, folder)
+        try:
+            if (sweep := settings.runtime.choices.get("sweep")) is not None:
+                remedy = f"python -m recon -m +sweep={sweep}"
+                raise ReconError(f"+sweep={sweep} without -m would run one of its jobs", remedy)
+            _job(composed, settings, folder)
+        finally:
+            _drop_empty(folder)
         return
     try:
         _job(composed, settings, folder)
@@ -82,6 +86,13 @@ def _hydra(composed: DictConfig) -> None:
         if not isinstance(error, ReconError):
             log.error("%s", traceback.format_exc())
         _write_result(folder, composed, "failed", error)
+
+
+def _drop_empty(folder: Path) -> None:
+    """A run that was refused, or only planned, leaves no folder: Hydra makes one before anything is looked at."""
+    told = [path for path in folder.glob("*") if path.name != ".hydra" and (path.is_dir() or path.stat().st_size)]
+    if not told and folder != Path.cwd():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _job(composed: DictConfig, settings: Any, folder: Path) -> None:

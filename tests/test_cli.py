@@ -87,6 +87,7 @@ def test_plan_runs_nothing(tmp_path: Path) -> None:
     done = recon(*SMALL, "plan=true", cwd=tmp_path)
     assert "miss" in done.stdout
     assert not list(tmp_path.rglob("*.ply"))
+    assert not list(tmp_path.glob("outputs/runs/*/*"))
 
 
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
 )
 def test_bad_requests_end_with_one_message(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     refused(recon(*arguments, cwd=tmp_path, check=None), *words)
+    assert not list(tmp_path.glob("outputs/runs/*/*"))
 
 
 def namespace(script: str) -> tuple[str, ...]:
