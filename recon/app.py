@@ -49,12 +49,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ReconError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        known = isinstance(error, (ReconError, HydraException, OmegaConfBaseException))
-        if verbose or not (known or _about_output(error) or str(error).startswith("Config group override")):
+        said = None if verbose else _explained(error)
+        if said is None:
             raise
-        from recon.mistakes import explain
-
-        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished artifacts are kept, a rerun continues from them", file=sys.stderr)
@@ -83,9 +81,10 @@ def _hydra(composed: DictConfig) -> None:
     except Refused as error:
         _write_result(folder, composed, "refused", error)
     except Exception as error:
-        if not isinstance(error, ReconError):
+        said = _explained(error)
+        if said is None:
             log.error("%s", traceback.format_exc())
-        _write_result(folder, composed, "failed", error)
+        _write_result(folder, composed, "failed", said or error)
 
 
 def _drop_empty(folder: Path) -> None:
@@ -203,6 +202,16 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         for key, child in value.items()
         for name, leaf in _flatten(child, f"{prefix}.{key}" if prefix else str(key)).items()
     }
+
+
+def _explained(error: Exception) -> ReconError | None:
+    """What a user can mend, whoever noticed it; None for a bug."""
+    known = isinstance(error, (ReconError, HydraException, OmegaConfBaseException)) or _about_output(error)
+    if not known and not str(error).startswith("Config group override"):
+        return None
+    from recon.mistakes import explain
+
+    return explain(error, sys.argv[1:])
 
 
 def _about_output(error: Exception) -> bool:

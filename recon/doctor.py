@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from recon.component import Component
 from recon.errors import ReconError, Refused
 from recon.machine import cpu_name
 
@@ -81,13 +82,26 @@ def option_rows() -> list[dict[str, str]]:
                 found = option(group, path.stem)
                 licence = str(getattr(found, "licence", ""))
                 found.check()
-                state = "ok"
+                state = _weights_elsewhere(found) or "ok"
             except Refused as refusal:
                 state = f"refused: {refusal.problem}"
             except ReconError as missing:
                 state = missing.problem
             rows.append({"group": group, "option": path.stem, "state": state, "licence": licence})
     return rows
+
+
+def _weights_elsewhere(found: Component) -> str:
+    """What is to be said of weights that the first use fetches; empty where there is nothing to fetch."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from recon.weights import resolve
+
+    reference = getattr(found, "weights", "")
+    hub = resolve(reference, getattr(found, "revision", "main")).hub if reference else None
+    if hub is None or (Path(HF_HUB_CACHE) / f"models--{hub[0].replace('/', '--')}").is_dir():
+        return ""
+    return f"ok; weights {hub[0]} are not here, the first run fetches them"
 
 
 def version_of(package: str) -> str:

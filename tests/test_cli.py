@@ -175,6 +175,18 @@ def test_a_sweep_ends_with_one_table_and_refused_rows(tmp_path: Path) -> None:
     assert "refused" in done.stdout
 
 
+def test_a_job_without_a_value_that_it_needs_is_a_row_with_the_remedy(tmp_path: Path) -> None:
+    done = recon(
+        "-m", *RECORDED, "source=images,webcams", "source.random_views=7", "tracking=none", cwd=tmp_path, check=1
+    )
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text, text
+    assert "give source.path=..." in text
+    assert "source.random_views=7: there are only 1 cameras" in text
+    rows = json.loads(next(tmp_path.glob("outputs/sweeps/*/*/summary.json")).read_text())
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+
+
 def test_a_failed_job_does_not_stop_the_sweep_but_its_exit_code(tmp_path: Path) -> None:
     done = recon("-m", "source.frame_step=0,1", *SMALL, "hydra.sweep.dir=outputs/sweep", cwd=tmp_path, check=1)
     rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
