@@ -13,6 +13,15 @@ from recon.depth import Depth
 from recon.errors import ReconError
 
 
+METRES = {
+    "baseline": "scale.baseline=[left,right] scale.baseline_m=0.12, or a rig file that states it",
+    "board": "scale.columns, scale.rows and scale.square_m",
+    "depth": "source.depth",
+    "model": "depth=da2-metric-indoor or depth=da2-metric-outdoor",
+}
+"""What a source of metres needs, by its name in `scale.source`."""
+
+
 def preflight(config: Config) -> None:
     """Check the source, and what the stages asked for will want of it. Decodes the bootstrap frames at most.
 
@@ -27,6 +36,7 @@ def preflight(config: Config) -> None:
         _require_recorded_depth(config)
     if "reconstruct" in stages:
         _require_cameras(config)
+        _require_scale(config)
         _require_bootstrap(config)
         _require_files(config)
     if "evaluate" in stages and config.evaluate.reference is not None:
@@ -53,6 +63,23 @@ def _require_cameras(config: Config) -> None:
         raise ReconError(
             f"model.views={config.model.views}: the source has {len(cameras)} cameras ({', '.join(cameras)})",
             "model.views=0 follows the source; source.views chooses among its cameras",
+        )
+
+
+def _require_scale(config: Config) -> None:
+    """A source of metres that is demanded and cannot be there; poses in metres, once they are accepted, win anyway."""
+    wanted, source = config.scale.source, config.source
+    if source.scale().unit == "m":
+        return
+    there = {
+        "baseline": bool(config.scale.baseline) or source.baseline() is not None,
+        "board": config.scale.square_m > 0,
+        "depth": wanted != "depth" or (not source.live and any(view.depth is not None for view in source.bootstrap())),
+        "model": config.depth.type == "metric",
+    }
+    if not there.get(wanted, True):
+        raise ReconError(
+            f"scale.source={wanted}: nothing here gives it", f"give {METRES[wanted]}, or scale.source=none"
         )
 
 

@@ -71,6 +71,30 @@ def test_refused_before_any_work(tmp_path: Path, change, words: list[str]) -> No
         plan(settings)
 
 
+def test_metres_that_are_demanded_have_a_source(tmp_path: Path) -> None:
+    write_recording(tmp_path)
+    images = Images(name="images", path=str(tmp_path / "images"))
+    for wanted, remedy in {
+        "baseline": "scale.baseline=",
+        "board": "square_m",
+        "depth": "source.depth",
+        "model": "da2-",
+    }.items():
+        with pytest.raises(ReconError, match=f"scale.source={wanted}: nothing here gives it") as caught:
+            preflight(config(tmp_path, source=images, scale=ScaleOptions(source=wanted)))
+        assert remedy in caught.value.remedy
+        known = replace(images, poses=str(tmp_path / "poses.npz"))
+        preflight(config(tmp_path, source=known, scale=ScaleOptions(source=wanted)))
+    preflight(
+        config(tmp_path, source=replace(images, depth=str(tmp_path / "depth")), scale=ScaleOptions(source="depth"))
+    )
+    preflight(
+        config(tmp_path, source=images, scale=ScaleOptions(source="baseline", baseline=["cam0", "cam1"], baseline_m=1))
+    )
+    preflight(config(tmp_path, source=images, scale=ScaleOptions(source="board", columns=3, rows=3, square_m=0.1)))
+    preflight(config(tmp_path, source=images, scale=ScaleOptions(source="none")))
+
+
 def test_recorded_depth_is_asked_for_where_there_is_some(tmp_path: Path) -> None:
     write_recording(tmp_path)
     images = Images(name="images", path=str(tmp_path / "images"))
