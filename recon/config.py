@@ -79,6 +79,8 @@ class Evaluate:
     def check(self) -> None:
         if not self.threshold > 0:
             raise ReconError(f"evaluate.threshold={self.threshold}: must be positive", "0.05 is 5 cm in a metric map")
+        if self.max_points < 1:
+            raise ReconError(f"evaluate.max_points={self.max_points}: must be at least 1", "200000 is the default")
         if self.reference is not None and not Path(self.reference).is_file():
             raise ReconError(
                 f"evaluate.reference={self.reference}: no such file", "leave it out or give an existing .npz"
@@ -182,7 +184,7 @@ def option(group: str, name: str) -> Component:
     composed = OmegaConf.merge(OmegaConf.structured(schema), values)
     if missing := sorted(str(key) for key in OmegaConf.missing_keys(composed)):
         if schema.not_built:
-            raise Refused(f"{group}={name}: {schema.not_built}", "")
+            raise Refused(f"{group}={name}: {schema.not_built}", "python -m recon.doctor lists what works here")
         raise ReconError(f"{group}={name} needs {', '.join(f'{group}.{key}' for key in missing)}", "give a value")
     found = OmegaConf.to_object(composed)
     assert isinstance(found, Component)

@@ -12,7 +12,6 @@ from recon.config import Config
 from recon.depth import Depth
 from recon.errors import ReconError
 
-
 METRES = {
     "baseline": "scale.baseline=[left,right] scale.baseline_m=0.12, or a rig file that states it",
     "board": "scale.columns, scale.rows and scale.square_m",

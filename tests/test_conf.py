@@ -169,6 +169,10 @@ def test_a_pair_that_cannot_run_is_refused_with_the_nearest_that_can(command: st
         "scale.columns=6 scale.rows=5 scale.square_m=0.1 scale.marker_m=0.05 scale.dictionary=Board",
         "scale.baseline=[a,b] scale.baseline_m=-1",
         "evaluate.threshold=-1",
+        "evaluate.max_points=0",
+        "fusion.voxel=inf",
+        "fusion.min_weight=99",
+        "fusion=surfel fusion.radius=-1",
         "evaluate.reference=none.npz",
     ],
 )

@@ -1,5 +1,6 @@
 """What is mistyped on the command line: the argument as it was typed, and a remedy that works."""
 
+import ast
 import errno
 
 import pytest
@@ -9,6 +10,8 @@ from omegaconf import OmegaConf
 from recon.config import CONF, register
 from recon.errors import ReconError
 from recon.mistakes import explain
+
+REFUSALS = ("ReconError", "Refused", "Unwritable")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,6 +80,19 @@ def test_an_output_folder_that_cannot_be_made() -> None:
     found = explain(OSError(errno.EROFS, "Read-only file system", "results/runs"), [])
     assert found.problem == "results/runs: Read-only file system"
     assert "output=DIR" in found.remedy
+
+
+def test_every_refusal_has_a_remedy() -> None:
+    """`Damaged` needs none: what is damaged is rebuilt."""
+    bare = []
+    for file in sorted((CONF.parent / "recon").rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in REFUSALS:
+                given = [*call.args, *(word.value for word in call.keywords)]
+                told = any(isinstance(part, ast.Starred) for part in given) or len(given) > 1
+                if not told or (isinstance(given[-1], ast.Constant) and not given[-1].value):
+                    bare.append(f"{file.name}:{call.lineno}")
+    assert bare == []
 
 
 def test_own_errors_stay_as_they_are() -> None:

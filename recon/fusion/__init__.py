@@ -103,8 +103,8 @@ class Fusion(Component):
         require_device(self.device, "fusion.device")
         if not 0 < self.max_depth < float("inf"):
             raise ReconError(f"fusion.max_depth={self.max_depth}: must be positive and finite", "10 is ten map units")
-        if not self.voxel > 0:
-            raise ReconError(f"fusion.voxel={self.voxel}: must be positive", "0.02 is 2 cm in a metric map")
+        if not 0 < self.voxel < float("inf"):
+            raise ReconError(f"fusion.voxel={self.voxel}: must be positive and finite", "0.02 is 2 cm in a metric map")
 
     @abstractmethod
     def create(self) -> Map:

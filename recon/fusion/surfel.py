@@ -59,7 +59,10 @@ class Surfel(Fusion):
             ("weight_cap", 1e-3, 1e6), ("patience", 1, 255), ("stale_weight", 0, 1e6), ("stale_frames", 1, 1e9),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise ReconError(f"fusion.{name}={getattr(self, name)}: must be {low} to {high:g}")
+                raise ReconError(
+                    f"fusion.{name}={getattr(self, name)}: must be {low} to {high:g}",
+                    f"{getattr(type(self), name)} is the default",
+                )
 
     def create(self) -> SurfelMap | DeviceSurfelMap:
         if self.device == "cpu":

@@ -48,7 +48,10 @@ class Tsdf(Fusion):
         if not 1 <= self.weight_cap <= 60000:
             raise ReconError(f"fusion.weight_cap={self.weight_cap}: must be 1 to 60000", "20 is the default")
         if not 1 <= self.min_weight <= self.weight_cap:
-            raise ReconError(f"fusion.min_weight={self.min_weight}: must be 1 to fusion.weight_cap={self.weight_cap}")
+            raise ReconError(
+                f"fusion.min_weight={self.min_weight}: must be 1 to fusion.weight_cap={self.weight_cap}",
+                "1 is the default",
+            )
         if self.voxel * _RANGE < 8 * self.max_depth:
             raise ReconError(
                 f"fusion.voxel={self.voxel} with fusion.max_depth={self.max_depth}: depth is kept in {_RANGE} steps, "
