@@ -106,7 +106,7 @@ def load_reference(path: str) -> Surface:
     """A reference surface from NPZ: points_mm or points [N,3], optional normals (or normals_i8) [N,3] and seen [N].
 
     Raises:
-        ReconError: no NPZ file, or an array is missing or has another shape.
+        ReconError: no NPZ file, or an array is missing, empty or of another shape.
     """
     data = read_npz(Path(path))
     if "points_mm" in data:
@@ -118,7 +118,7 @@ def load_reference(path: str) -> Surface:
             f"{path}: has {sorted(data)}, needs points_mm or points",
             "points [N,3] in map units, or points_mm",
         )
-    if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
+    if points.ndim != 2 or points.shape[1] != 3 or not len(points) or not np.isfinite(points).all():
         raise ReconError(
             f"{path}: points are {points.shape}, needed are finite [N,3]", "write one row per surface sample"
         )
@@ -130,6 +130,11 @@ def load_reference(path: str) -> Surface:
         else np.zeros_like(points)
     )
     seen = data["seen"] > 0 if "seen" in data else np.ones(len(points), bool)
+    if normals.shape != points.shape or seen.shape != points.shape[:1]:
+        raise ReconError(
+            f"{path}: normals are {normals.shape} and seen is {seen.shape} for {len(points)} points",
+            "normals [N,3] and seen [N] go with points [N,3]; both may be left out",
+        )
     return Surface(points, np.asarray(normals, np.float64), seen)
 
 

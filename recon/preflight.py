@@ -92,7 +92,7 @@ def _require_files(config: Config) -> None:
     if config.align.per_camera_calib is not None:
         from recon.live.calibration_file import load_calibration
 
-        load_calibration(Path(config.align.per_camera_calib))
+        load_calibration(Path(config.align.per_camera_calib), config.source.cameras())
     if config.evaluate.board is not None:
         from recon.live.boardscores import read_board
 

@@ -10,6 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from recon.config import Config, Evaluate, option
+from recon.errors import ReconError
 from recon.evaluate import bootstrap_poses, evaluate_map, load_reference, units
 from recon.geometry.sim3 import Sim3
 from recon.geometry.views import Bootstrap, DepthImage, PosedDepth, Scale
@@ -155,6 +156,20 @@ def test_an_arbitrary_map_is_not_compared_with_a_reference_in_metres(exact: Boot
     )
     assert "in metres" in evaluate_map(config, result)["map_not_judged"]  # type: ignore[arg-type]
     assert load_reference(str(path)).points.shape == (10, 3)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"points": np.zeros((0, 3))}, {"points": np.full((4, 3), np.nan)}, {"points": np.zeros((4, 2))},
+        {"points": np.zeros((4, 3)), "normals": np.zeros((3, 3))}, {"points": np.zeros((4, 3)), "seen": np.ones(5)},
+    ],
+)  # fmt: skip
+def test_a_reference_that_is_none_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(ReconError, match=r"reference\.npz: (points|normals) are") as caught:
+        load_reference(str(tmp_path / "reference.npz"))
+    assert caught.value.remedy
 
 
 def test_pose_figures_of_known_errors(exact: Bootstrap) -> None:

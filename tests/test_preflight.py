@@ -47,6 +47,11 @@ def calibration(folder: Path) -> Align:
     return Align(per_camera_calib=str(folder / "calibration.json"))
 
 
+def other_cameras(folder: Path) -> Align:
+    (folder / "calibration.json").write_text('{"format": 1, "cameras": {"left": {}}}')
+    return Align(per_camera_calib=str(folder / "calibration.json"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -54,10 +59,11 @@ def calibration(folder: Path) -> Align:
         (lambda _: {"model": replace(option("model", "vggt-twin"), views=5)}, ["model.views=5", "3 cameras"]),
         (lambda _: {"align": Align(per_camera_calib="none.json")}, ["align.per_camera_calib=none.json"]),
         (lambda folder: {"align": calibration(folder)}, ["calibration.json", "no JSON"]),
+        (lambda folder: {"align": other_cameras(folder)}, ["no camera 'cam0'; it has left"]),
         (lambda folder: {"evaluate": reference(folder)}, ["K.npz", "points_mm or points"]),
         (lambda folder: {"evaluate": board(folder)}, ["xy_CHARUCO.csv"]),
     ],
-    ids=["baseline", "views", "no calibration", "calibration", "reference", "board"],
+    ids=["baseline", "views", "no calibration", "calibration", "cameras", "reference", "board"],
 )
 def test_refused_before_any_work(tmp_path: Path, change, words: list[str]) -> None:
     settings = config(tmp_path, **change(tmp_path))

@@ -64,7 +64,7 @@ def read_calibration(
     Raises:
         ReconError: the file is no calibration, or was found for another network, lens or map; nothing is taken over.
     """
-    data = load_calibration(path)
+    data = load_calibration(path, cameras)
     for key, wanted in (
         ("depth_type", provenance.depth_type),
         ("unit", provenance.unit),
@@ -78,9 +78,7 @@ def read_calibration(
         )
     found = {}
     for camera in cameras:
-        entry = data["cameras"].get(camera)
-        if not isinstance(entry, dict):
-            raise ReconError(f"{path}: has no camera {camera!r}; it has {', '.join(sorted(data['cameras']))}", REDO)
+        entry = data["cameras"][camera]
         if entry.get("intrinsics_sha256") != intrinsics_key(K.get(camera)):
             raise ReconError(f"{path}: camera {camera!r} has other intrinsics now", REDO)
         found[camera] = _checked(path, camera, entry)
@@ -99,8 +97,8 @@ def intrinsics_key(K: Array | None) -> str | None:
     return None if K is None else content_key(np.round(K, 6))
 
 
-def load_calibration(path: Path) -> dict[str, Any]:
-    """The whole file. Raises ReconError where it is no calibration that a run wrote."""
+def load_calibration(path: Path, cameras: list[str]) -> dict[str, Any]:
+    """The whole file. Raises ReconError where it is no calibration that a run wrote, or lacks one of the cameras."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
@@ -109,6 +107,9 @@ def load_calibration(path: Path) -> dict[str, Any]:
         raise ReconError(f"{path}: is no JSON: {error}", REDO) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("cameras"), dict):
         raise ReconError(f"{path}: is no calibration of format {FORMAT}", "give a calibration.json that a run wrote")
+    if missing := [camera for camera in cameras if not isinstance(data["cameras"].get(camera), dict)]:
+        known = ", ".join(sorted(data["cameras"])) or "none"
+        raise ReconError(f"{path}: has no camera {missing[0]!r}; it has {known}", REDO)
     return data
 
 
