@@ -100,6 +100,8 @@ def _job(composed: DictConfig, settings: Any, folder: Path) -> None:
         from recon.plan import plan
 
         _table("Plan: nothing is run", plan(config))
+        if settings.mode == RunMode.MULTIRUN:
+            _write_result(folder, composed, "planned", None)
         return
     state, lines = run_job(config, composed, _tags(settings), folder)
     _write_result(folder, composed, "ok", None, state.metrics)

@@ -40,7 +40,8 @@ class SweepTable(Callback):
         tables = {"leaderboard": table}
         if engines := _engines(folder):
             tables["engines"] = engines
-        _track(config, folder, tables)
+        if not config.plan:
+            _track(config, folder, tables)
 
 
 def _engines(folder: Path) -> list[dict[str, str]]:

@@ -187,6 +187,15 @@ def test_a_job_without_a_value_that_it_needs_is_a_row_with_the_remedy(tmp_path: 
     assert [row["status"] for row in rows] == ["failed", "failed"]
 
 
+def test_a_sweep_that_is_only_planned_has_not_failed(tmp_path: Path) -> None:
+    done = recon("-m", *RECORDED, "plan=true", "fusion.voxel=0.05,-1", "source.width=96", cwd=tmp_path, check=1)
+    rows = json.loads(next(tmp_path.glob("outputs/sweeps/*/*/summary.json")).read_text())
+    assert [row["status"] for row in rows] == ["planned", "failed"]
+    assert "always runs" in done.stdout
+    assert not list(tmp_path.rglob("mlflow.db"))
+    recon("-m", *RECORDED, "plan=true", "fusion.voxel=0.05,0.06", "source.width=96", cwd=tmp_path)
+
+
 def test_a_failed_job_does_not_stop_the_sweep_but_its_exit_code(tmp_path: Path) -> None:
     done = recon("-m", "source.frame_step=0,1", *SMALL, "hydra.sweep.dir=outputs/sweep", cwd=tmp_path, check=1)
     rows = json.loads((tmp_path / "outputs/sweep/summary.json").read_text())
