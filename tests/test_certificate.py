@@ -359,6 +359,9 @@ def test_what_has_no_certificate_is_named(settings: Config, tmp_path: Path) -> N
     (tmp_path / "bare.engine").write_bytes(b"x")
     with pytest.raises(ReconError, match="no manifest"):
         list(lines(tmp_path / "bare.engine"))
+    with pytest.raises(ReconError, match="is a folder") as caught:
+        list(lines(tmp_path))
+    assert caught.value.remedy.endswith("bare.engine")
     with pytest.raises(ReconError, match="no certificate"):
         list(lines(store.base_path(store.networks()["depth"])))
 

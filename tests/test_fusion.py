@@ -302,6 +302,7 @@ def test_damaged_volumes_are_refused(tmp_path: Path) -> None:
         (Tsdf(weight_cap=0), "weight_cap"), (Tsdf(weight_cap=65536), "weight_cap"), (Tsdf(min_weight=99), "min_weight"),
         (Tsdf(voxel=0.001, max_depth=50), "max_depth"), (Surfel(patience=0), "patience"), (Surfel(radius=0), "radius"),
         (Surfel(gate_share=float("nan")), "gate_share"), (Surfel(voxel=float("nan")), "voxel"),
+        (Tsdf(voxel=100.0), "holds no surface"),
     ],
 )  # fmt: skip
 def test_impossible_knobs_are_refused(option: Fusion, words: str) -> None:

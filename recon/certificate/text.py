@@ -16,6 +16,9 @@ def lines(path: Path) -> Iterator[str]:
     Raises:
         ReconError: there is no such file, no manifest, or no certificate in it. Damaged: a hash is wrong.
     """
+    if path.is_dir():
+        built = ", ".join(sorted(str(file) for file in path.rglob("*.engine"))) or "none"
+        raise ReconError(f"{path}: is a folder, a certificate belongs to a file", f"engines below it: {built}")
     if not path.is_file():
         raise ReconError(f"{path}: no such file", "give an engine that stages=[build] wrote")
     manifest = read_manifest(path)

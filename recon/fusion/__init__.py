@@ -105,6 +105,11 @@ class Fusion(Component):
             raise ReconError(f"fusion.max_depth={self.max_depth}: must be positive and finite", "10 is ten map units")
         if not 0 < self.voxel < float("inf"):
             raise ReconError(f"fusion.voxel={self.voxel}: must be positive and finite", "0.02 is 2 cm in a metric map")
+        if self.voxel >= self.max_depth:
+            raise ReconError(
+                f"fusion.voxel={self.voxel}: a voxel as large as fusion.max_depth={self.max_depth} holds no surface",
+                "0.02 is 2 cm in a metric map",
+            )
 
     @abstractmethod
     def create(self) -> Map:

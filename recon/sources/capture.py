@@ -115,11 +115,11 @@ class Capture:
                 _remedy(self.device),
             )
         self.size = (bgr.shape[1], bgr.shape[0])
-        wanted = (self.device.width or self.size[0], self.device.height or self.size[1])
-        if self.size != wanted:
+        asked = {"width": self.device.width, "height": self.device.height}
+        if any(want and want != got for want, got in zip(asked.values(), self.size, strict=True)):
+            named = " and ".join(f"source.{key}={value}" for key, value in asked.items() if value)
             raise ReconError(
-                f"source.width/height: camera {self.device.name} gives {self.size[0]}x{self.size[1]}, "
-                f"asked for were {wanted[0]}x{wanted[1]}",
+                f"{named}: camera {self.device.name} gives {self.size[0]}x{self.size[1]}",
                 "choose one that it has (v4l2-ctl --list-formats-ext), perhaps with source.fourcc=MJPG",
             )
         self.state.facts = {"device": self.device.address, "size": list(self.size), **self._settings()}
