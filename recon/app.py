@@ -89,7 +89,8 @@ def _hydra(composed: DictConfig) -> None:
 
 def _drop_empty(folder: Path) -> None:
     """A run that was refused, or only planned, leaves no folder: Hydra makes one before anything is looked at."""
-    told = [path for path in folder.glob("*") if path.name != ".hydra" and (path.is_dir() or path.stat().st_size)]
+    others = (path for path in folder.glob("*") if path.name != ".hydra")
+    told = any(path.suffix != ".log" or path.stat().st_size for path in others)
     if not told and folder != Path.cwd():
         shutil.rmtree(folder, ignore_errors=True)
 
