@@ -142,15 +142,24 @@ class Capture:
         self._thread = threading.Thread(target=self._run, name=f"capture-{self.device.name}", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread; one that hangs in a driver is left behind, it is a daemon."""
+    def stop(self) -> None:
+        """Ask the thread to end; without waiting."""
         self._stop.set()
+
+    def close(self, wait_s: float = _JOIN_S) -> None:
+        """End the thread; one that hangs in a driver or on the network is left behind, it is a daemon."""
+        self.stop()
         if self._thread is not None:
-            self._thread.join(_JOIN_S)
-        if self._capture is not None and (self._thread is None or not self._thread.is_alive()):
+            self._thread.join(wait_s)
+        elif self._capture is not None:
             self._capture.release()
 
     def _run(self) -> None:
+        self._read()
+        if self._capture is not None:
+            self._capture.release()
+
+    def _read(self) -> None:
         while not self._stop.is_set() and not self.ended:
             if self._capture is None:
                 self._reopen()
@@ -259,10 +268,12 @@ class LiveRig:
         return all(capture.ended and not capture.ring for capture in self.captures.values())
 
     def close(self) -> None:
+        """Release the cameras. All together are waited for as long as one would be: who stops a run waits for it."""
         for capture in self.captures.values():
-            capture._stop.set()
+            capture.stop()
+        end = time.monotonic() + _JOIN_S
         for capture in self.captures.values():
-            capture.close()
+            capture.close(max(end - time.monotonic(), 0.0))
 
     def take(self, give_up_s: float) -> dict[str, Shot]:
         """One newest frame per camera, `max_skew_s` apart at most; older ones are dropped and counted.

@@ -147,7 +147,8 @@ class Webcams(Calibrated):
         silent_since = rig.clock()
         try:
             while not (self.max_batches and count >= self.max_batches):
-                shots = rig.take(min(self.give_up_s, HEARTBEAT_S))
+                left_s = silent_since + self.give_up_s - rig.clock()
+                shots = rig.take(min(max(left_s, 0.0), HEARTBEAT_S))
                 if not shots and (rig.ended() or rig.clock() - silent_since >= self.give_up_s):
                     break
                 if not shots:
