@@ -80,7 +80,7 @@ def map_row(config: Config, result: Reconstruction, found: dict[str, Any]) -> Ro
         above = viewpoint(points, result.bootstrap, raised=0.9, back=0.2)
         names, second = ("fused map", "from above"), map_image(result.fused, above, width, height)
     cells = [_picture(map_image(result.fused, pose, width, height)), _picture(second)]
-    depth = f" with {config.depth.name}" if config.depth.network() is not None else ""
+    depth = f" with {config.depth.name}" if config.depth.has_network else ""
     steps = f"{result.log.accepted} of {result.log.seen} frames{depth}, seen from where no camera stands"
     return Row("Fused map", ". ".join([steps, *_figures(found)]), cells, height / width, names)
 

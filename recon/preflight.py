@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from recon.config import Config
-from recon.depth import Depth
 from recon.errors import ReconError
 
 METRES = {
@@ -45,7 +44,7 @@ def preflight(config: Config) -> None:
 
 
 def _require_recorded_depth(config: Config) -> None:
-    if type(config.depth).network is Depth.network and not config.source.has_depth():
+    if not config.depth.has_network and not config.source.has_depth():
         raise ReconError(
             f"depth=recorded: the stream of source={config.source.name} has no recorded depth",
             "choose a depth network (depth=da2-small), or source=images with source.depth for every frame",

@@ -24,6 +24,7 @@ class Depth(Component):
     """A streaming depth model. The type of its output is part of the class: disparity needs scale *and* shift."""
 
     type: ClassVar[DepthType] = "disparity"
+    has_network: ClassVar[bool] = True
     input_range: ClassVar[tuple[float, float]] = (0.0, 1.0)  # of the values that the network takes
 
     licence: str = ""

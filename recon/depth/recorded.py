@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ class Recorded(Depth):
     multiplicative error (partly constant per camera), blurred edges, noise, and coherent blobs nearer than the scene.
     Everything follows from seed, camera name and frame number. With every error at 0, 1/z = s*d + t is exact.
     """
+
+    has_network: ClassVar[bool] = False
 
     seed: int = 0
     gain_low: float = 0.2
