@@ -400,6 +400,25 @@ def test_tiles_of_specialised_attention_on_the_gpu(bounded, low) -> None:
 
 
 @cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [129, 300, 385, 1370, 1536])
+def test_keys_divided_among_two_warpgroups_on_the_gpu(tokens, dtype) -> None:
+    from recon.kernels import launch
+
+    qkv = draw(2, tokens, 3, 6, 64, device="cuda")
+    qkv[0, ::7, 0] *= 6  # scores of a hundred
+    qkv[1, 5, 1] *= 9  # one key with the largest score of most rows, in one half
+    q, k, v = qkv.reshape(2, tokens, -1).to(dtype).chunk(3, -1)
+    for scale in (1.0, 0.7):
+        for out_dtype, out_scale in ((dtype, 1.0), (E4M3, 8.0)):
+            wanted = reference.attention(q, k, v, 6, torch.float32, out_scale, scale)
+            for _ in range(3):  # a race would not show every time
+                out = torch.full((2, tokens, 384), float("nan"), device="cuda").to(out_dtype)
+                launch.split_attention(q, k, v, out, (0, 0, 0), 6, out_scale, scale)
+                assert rel(out.float(), wanted.clamp(-448, 448)) < (4e-2 if out_dtype == E4M3 else 5e-3)
+
+
+@cuda
 @pytest.mark.parametrize("score_scale", [1.0, 0.7])
 def test_rows_that_the_checked_form_cannot_hold_are_done_again_on_the_gpu(score_scale) -> None:
     from recon.kernels import launch

@@ -125,6 +125,8 @@ def _attend(
 
     mbarrier.wait(q_full, 0)
     q = q_smem.index(index).reshape([ROWS, 64])
+    if BLOCK_N == 64:  # a smaller product waits for its operands in shared memory; with 128 keys the registers run out
+        q = q.load(gl.DotOperandLayout(0, score_layout, 32 // k_smem.dtype.primitive_bitwidth))
     mbarrier.wait(k_full.index(0), 0)
     k = k_smem.index(0).reshape([BLOCK_N, 64]).permute([1, 0])
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from recon.kernels import (
     attention_gluon,
+    attention_split_gluon,
     attention_triton,
     image_triton,
     linear_triton,
@@ -55,6 +56,8 @@ LONG, SHORT = AttentionTile(n=64, stages=4), AttentionTile()
 """Tiles for thousands of keys with bounded 16-bit scores, and for all other attention."""
 WAVE = 128
 """With fewer programs than this an H200 stays half empty: smaller tiles of the plain kernel are faster then."""
+ALONE = 132
+"""With at most so many tiles of 64 queries each has a multiprocessor of an H200 to itself; two warpgroups share it."""
 EARLY = {"launch_pdl": True}
 """The kernel may be launched while the one before it still runs: it waits for it by itself (`gdc_wait`)."""
 
@@ -106,18 +109,31 @@ def specialised_attention(
     marks: filled with 1 for every row whose scores lie too far out for this form, and 0; see there.
     """
     sequences, tokens = q.shape[:2]
-
-    def described(x: Tensor, block: list[int]) -> Any:
-        layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype])
-        return GluonDescriptor.from_tensor(x, block, layout)
-
     attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups) * heads, sequences)](
-        described(q, [1, tile.rows, 64]), described(k, [1, tile.n, 64]),
-        described(v, [1, tile.n, 64]), described(out, [1, tile.rows, 64]),
+        _described(q, tile.rows), _described(k, tile.n), _described(v, tile.n), _described(out, tile.rows),
         marks if marks is not None else out, tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n,
         STAGES=tile.stages, GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
         SCALED=score_scale != 1, CHECKED=marks is not None, HEADS=heads, num_warps=4, **EARLY,
     )  # fmt: skip
+
+
+def split_attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, out_scale: float = 1.0,
+    score_scale: float = 1.0, rows: int = 64, n: int = 128, stages: int = 3, registers: int = 232,
+) -> None:  # fmt: skip
+    """As `attention` with a running maximum, by `attention_split_gluon`: 16-bit operands, more than n keys."""
+    sequences, tokens = q.shape[:2]
+    q_desc, k_desc, v_desc, o_desc = (_described(x, size) for x, size in ((q, rows), (k, n), (v, n), (out, rows)))
+    attention_split_gluon.split_attention_kernel[(triton.cdiv(tokens, rows), heads, sequences)](
+        q_desc, k_desc, v_desc, o_desc, tokens, *columns, out_scale, score_scale, ROWS=rows, BLOCK_N=n, STAGES=stages,
+        REGISTERS=registers, SCALED=score_scale != 1, num_warps=4, **EARLY,
+    )  # fmt: skip
+
+
+def _described(x: Tensor, rows: int) -> Any:
+    """x [sequences, tokens, columns] for the copy engine, in blocks of so many tokens of one head."""
+    block = [1, rows, 64]
+    return GluonDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[x.dtype]))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, out_scale: float = 1.0) -> None:
@@ -136,10 +152,11 @@ def add_layer_norm(
     """out = LayerNorm(x [rows, width] FP32 + one or two changes) in its own dtype; x becomes the sum if `store`."""
     rows, width = x.shape
     (first, gain1), (second, gain2) = changes[0], changes[-1]
-    pointwise_triton.add_layer_norm_kernel[(rows,)](
+    together = 2
+    pointwise_triton.add_layer_norm_kernel[(triton.cdiv(rows, together),)](
         x, first, second, gain1 if gain1 is not None else bias, gain2 if gain2 is not None else bias, weight, bias, out,
-        out_scale, eps, WIDTH=width, PADDED=triton.next_power_of_2(width), GAIN1=gain1 is not None,
-        GAIN2=gain2 is not None, TWO=len(changes) == 2, STORE=store, num_warps=1, **EARLY,
+        out_scale, eps, rows, WIDTH=width, PADDED=triton.next_power_of_2(width), GAIN1=gain1 is not None,
+        GAIN2=gain2 is not None, TWO=len(changes) == 2, STORE=store, ROWS=together, num_warps=4, **EARLY,
     )  # fmt: skip
 
 
@@ -193,6 +210,8 @@ def attend(
         )
     elif programs >= WAVE or low:
         specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, bounded, out_scale, score_scale)
+    elif not bounded and tokens > 128 and triton.cdiv(tokens, 64) * heads * sequences <= ALONE:
+        split_attention(q, k, v, out, (0, 0, 0), heads, out_scale, score_scale)
     else:
         attention(
             q, k, v, out, (0, 0, 0), heads, bounded=bounded, m=64, n=128, stages=3, out_scale=out_scale,

@@ -69,41 +69,58 @@ def layer_norm_kernel(x, weight, bias, out, out_scale, eps, stride, WIDTH: tl.co
 
 @triton.jit
 def add_layer_norm_kernel(
-    x, first, second, gain1, gain2, weight, bias, out, out_scale, eps, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    GAIN1: tl.constexpr, GAIN2: tl.constexpr, TWO: tl.constexpr, STORE: tl.constexpr,
+    x, first, second, gain1, gain2, weight, bias, out, out_scale, eps, rows, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, GAIN1: tl.constexpr, GAIN2: tl.constexpr, TWO: tl.constexpr, STORE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out = LayerNorm(x + first (GAIN1: * gain1) + (TWO) second (GAIN2: * gain2)) * out_scale for one row of
-    [rows, WIDTH]; STORE: x, FP32, becomes the sum."""
-    gdc_wait()
+    """out = LayerNorm(x + first (GAIN1: * gain1) + (TWO) second (GAIN2: * gain2)) * out_scale for ROWS rows of
+    [rows, WIDTH]; STORE: x, FP32, becomes the sum.
+
+    What does not depend on the row stays in registers, and each row is loaded while the one before is computed.
+    """
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
-    place = tl.program_id(0).to(tl.int64) * WIDTH + column
-    value = tl.load(x + place, inside, 0.0) + _step(first, gain1, place, column, inside, GAIN1)
-    if TWO:
-        value += _step(second, gain2, place, column, inside, GAIN2)
-    if STORE:
-        tl.store(x + place, value, inside)
-    value = _normed(value, weight, bias, out_scale, eps, column, inside, WIDTH)
-    tl.store(out + place, _low(value, out.dtype.element_ty), inside)
+    factor = tl.load(weight + column, inside, 0.0) * out_scale
+    offset = tl.load(bias + column, inside, 0.0) * out_scale
+    g1 = tl.load(gain1 + column, inside, 0.0) if GAIN1 else factor
+    g2 = tl.load(gain2 + column, inside, 0.0) if GAIN2 and TWO else factor
+    gdc_wait()
+    row = tl.program_id(0) * ROWS
+    end = tl.minimum(row + ROWS, rows)
+    a, b, c = _summands(x, first, second, row.to(tl.int64) * WIDTH + column, inside, TWO)
+    for r in range(row, end):
+        place = r.to(tl.int64) * WIDTH + column
+        value, step, more = a, b, c
+        a, b, c = _summands(x, first, second, place + WIDTH, inside & (r + 1 < end), TWO)
+        value += step.to(tl.float32) * g1 if GAIN1 else step.to(tl.float32)
+        if TWO:
+            value += more.to(tl.float32) * g2 if GAIN2 else more.to(tl.float32)
+        if STORE:
+            tl.store(x + place, value, inside)
+        value = _centred(value, eps, inside, WIDTH) * factor + offset
+        tl.store(out + place, _low(value, out.dtype.element_ty), inside)
 
 
 @triton.jit
-def _step(change, gain, place, column, inside, GAIN: tl.constexpr):
-    """One row of a change, times its gain."""
-    step = tl.load(change + place, inside, 0.0).to(tl.float32)
-    if GAIN:
-        step *= tl.load(gain + column, inside, 0.0)
-    return step
+def _summands(x, first, second, place, inside, TWO: tl.constexpr):
+    """One row of the stream and of each change (the first again where there is one)."""
+    b = tl.load(first + place, inside, 0.0)
+    return tl.load(x + place, inside, 0.0), b, tl.load(second + place, inside, 0.0) if TWO else b
+
+
+@triton.jit
+def _centred(value, eps, inside, WIDTH: tl.constexpr):
+    """One row without its mean, of variance 1."""
+    mean = tl.sum(value, 0) / WIDTH
+    centred = tl.where(inside, value - mean, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
 
 
 @triton.jit
 def _normed(value, weight, bias, scale, eps, column, inside, WIDTH: tl.constexpr):
     """LayerNorm of one row, times scale."""
-    mean = tl.sum(value, 0) / WIDTH
-    centred = tl.where(inside, value - mean, 0.0)
-    variance = tl.sum(centred * centred, 0) / WIDTH
     factor = tl.load(weight + column, inside, 0.0) * scale
-    return centred * tl.rsqrt(variance + eps) * factor + tl.load(bias + column, inside, 0.0) * scale
+    return _centred(value, eps, inside, WIDTH) * factor + tl.load(bias + column, inside, 0.0) * scale
 
 
 @triton.jit

@@ -1,0 +1,192 @@
+# mypy: ignore-errors
+# The bodies are Triton's language, which shares Python's syntax and not its types.
+"""Attention at head width 64 for so few queries that a multiprocessor has one tile of them, in Gluon.
+
+Alone on its multiprocessor, a warpgroup waits for its own products and powers of two. Here two share the tile: one
+takes the even blocks of keys, the other the odd ones, each with a running maximum of its own, and their sums are added
+at the end (as FlashDecoding adds up what several programs found, Dao et al. 2023). One more warp feeds both.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _masked, _weights
+
+
+@gluon.jit
+def _half(
+    index: gl.constexpr, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, score_scale,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """Every second block of keys from block `index` on: weighted values, sums of weights, and their base."""
+    dtype: gl.constexpr = v_smem.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    steps = gl.cdiv(gl.cdiv(tokens, BLOCK_N) - index, 2)
+    empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
+
+    mbarrier.wait(q_full, 0)
+    q = q_smem.reshape([ROWS, 64])
+    mbarrier.wait(k_full.index(index), 0)
+    k = k_smem.index(index).reshape([BLOCK_N, 64]).permute([1, 0])
+    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(index), count=1)
+    s = _masked(s, index * BLOCK_N, tokens, False, score_layout)
+    weights, fade, top, sums = _weights(s, top, score_scale, False, SCALED, False)
+    p = gl.convert_layout(weights.to(dtype), p_layout)
+    acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
+    for i in range(1, steps):
+        j = index + i * 2
+        slot = j % STAGES
+        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
+        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+        last = (j - 2) % STAGES
+        mbarrier.wait(v_full.index(last), ((j - 2) // STAGES) & 1)
+        product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _masked(s, j * BLOCK_N, tokens, False, score_layout)
+        weights, fade, top, more = _weights(s, top, score_scale, False, SCALED, False)
+        # The product reads its weights from registers: they have to stay until it is done.
+        acc, p = warpgroup_mma_wait(0, deps=[product, p])
+        mbarrier.arrive(v_free.index(last), count=1)
+        sums = sums * fade + more
+        acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, out_layout)), 1)
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+    j = index + (steps - 1) * 2
+    last = j % STAGES
+    mbarrier.wait(v_full.index(last), (j // STAGES) & 1)
+    product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+    rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    return acc, gl.convert_layout(sums, rows), gl.convert_layout(top, rows)
+
+
+@gluon.jit
+def _help(
+    q_smem, k_smem, v_smem, acc_smem, row_smem, q_full, k_full, k_free, v_full, v_free, done, tokens, score_scale,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """Takes the odd blocks and leaves what it found in shared memory."""
+    acc, sums, top = _half(
+        1, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, score_scale, ROWS, BLOCK_N, STAGES,
+        SCALED,
+    )  # fmt: skip
+    acc_smem.store(acc)
+    row_smem.index(0).store(sums)
+    row_smem.index(1).store(top)
+    gl.thread_barrier()
+    mbarrier.arrive(done, count=1)
+
+
+@gluon.jit
+def _lead(
+    q_smem, k_smem, v_smem, acc_smem, row_smem, o_smem, q_full, k_full, k_free, v_full, v_free, done, o_desc, tokens,
+    row, column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SCALED: gl.constexpr,
+):  # fmt: skip
+    """Takes the even blocks, adds both halves up relative to the larger maximum, and writes the tile."""
+    acc, sums, top = _half(
+        0, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, score_scale, ROWS, BLOCK_N, STAGES,
+        SCALED,
+    )  # fmt: skip
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    mbarrier.wait(done, 0)
+    its_top = row_smem.index(1).load(rows)
+    high = gl.maximum(top, its_top)
+    mine, its = _exp2(top - high), _exp2(its_top - high)
+    sums = sums * mine + row_smem.index(0).load(rows) * its
+    acc = acc * gl.expand_dims(mine, 1) + acc_smem.load(out_layout) * gl.expand_dims(its, 1)
+    acc = acc * gl.expand_dims(out_scale / sums, 1)
+    o_smem.reshape([ROWS, 64]).store(acc.to(o_smem.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [sequence, row, column], o_smem)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _feed(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row, q_column,
+    k_column, v_column, sequence, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(q_full, q_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [sequence, row, q_column], q_full, q_smem)
+    for j in range(gl.cdiv(tokens, BLOCK_N)):
+        slot = j % STAGES
+        phase = ((j // STAGES) & 1) ^ 1
+        mbarrier.wait(k_free.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_desc, [sequence, j * BLOCK_N, k_column], k_full.index(slot), k_smem.index(slot)
+        )
+        mbarrier.wait(v_free.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v_desc, [sequence, j * BLOCK_N, v_column], v_full.index(slot), v_smem.index(slot)
+        )
+
+
+@gluon.jit
+def split_attention_kernel(
+    q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, score_scale, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """ROWS queries of one head and one sequence, 16 bit; more than BLOCK_N keys, num_warps 4, STAGES at least 2."""
+    tokens = _after_the_kernel_before(tokens)
+    row = gl.program_id(0) * ROWS
+    column = gl.program_id(1) * 64
+    sequence = gl.program_id(2)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, ROWS, 64], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 64], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 64], v_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [1, ROWS, 64], o_desc.layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    mixed: gl.constexpr = gl.SwizzledSharedLayout(vec=2, per_phase=1, max_phase=8, order=[1, 0])
+    acc_smem = gl.allocate_shared_memory(gl.float32, [ROWS, 64], mixed)
+    row_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(done, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=1)
+        mbarrier.init(v_free.index(i), count=1)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_lead, (
+                q_smem, k_smem, v_smem, acc_smem, row_smem, o_smem, q_full, k_full, k_free, v_full, v_free, done,
+                o_desc, tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, SCALED,
+            )),
+            (_help, (
+                q_smem, k_smem, v_smem, acc_smem, row_smem, q_full, k_full, k_free, v_full, v_free, done, tokens,
+                score_scale, ROWS, BLOCK_N, STAGES, SCALED,
+            )),
+            (_feed, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
+                q_column + column, k_column + column, v_column + column, sequence, BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 1], [REGISTERS, 24],
+    )
+    # fmt: on
