@@ -3,6 +3,7 @@
 import json
 import logging
 import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -295,6 +296,21 @@ def test_overflow_is_found_when_the_package_is_built() -> None:
     with pytest.raises(ReconError, match=r"'pooled'.*not finite in fp16") as caught:
         aoti_compile.require_finite(Answers(), network(), "fp16")  # type: ignore[arg-type]
     assert "bf16" in caught.value.remedy
+
+
+def test_only_one_process_compiles_in_the_cache_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are named by their content, and a package takes them away when it is done."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+    def compiling(*_: object, **__: object) -> list[str]:
+        another = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        lock = tmp_path / "cache" / ".recon.lock"
+        ran = subprocess.run([sys.executable, "-c", another, str(lock)], capture_output=True, text=True)
+        raise ReconError("another would wait" if "BlockingIOError" in ran.stderr else "another would compile", "")
+
+    monkeypatch.setattr(aoti_compile, "_compiled", compiling)
+    with pytest.raises(ReconError, match="another would wait"):
+        engine().build(Build(network(), None, lambda: recipe(seeded(), {}, "fp32")), tmp_path / "x.pt2")
 
 
 def test_settings_that_contradict_are_refused() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.artifact import locked
 from recon.engines import Build, Session
 from recon.engines.aoti import form
 from recon.engines.aoti.inspection import inspect
@@ -103,8 +104,9 @@ def _compile(source: Build, recipe: Recipe, out: Path, device: str, max_autotune
             threads=torch.get_num_threads(),
             rest=recipe.rest,
         )
-        files = _compiled(program, arguments, module, identity, max_autotune)
-        _packaged(files, out, identity)
+        with _alone():
+            files = _compiled(program, arguments, module, identity, max_autotune)
+            _packaged(files, out, identity)
     trust(out)
     times = {"export_seconds": exported - start, "build_seconds": time.perf_counter() - start}
     wide = [name for name, layer in module.module.named_modules() if isinstance(layer, Wide)]  # type: ignore[union-attr,operator]
@@ -162,6 +164,18 @@ def require_shared_runtime(library: Path) -> None:
             "it loads the package",
             "name one that does not, CXX=/usr/bin/g++ for instance",
         )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time compiles in Inductor's cache: what it writes there is named by its content, so two that
+    compile the same network would delete each other's files. Each uses all cores anyway."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = Path(cache_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "recon"):
+        yield
 
 
 def _packaged(files: list[Any], out: Path, identity: Identity) -> None:
