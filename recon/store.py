@@ -28,6 +28,8 @@ BUILD_VERSION = "build.3"
 _RENDERED: dict[str, str] = {}  # content of frames that depend on settings alone: once a process, for sweeps
 _INFOS: dict[tuple[str, str], dict[str, LayerInfo]] = {}
 PLAIN = {"quant_mode": "none", "precision": "fp32"}
+ROLES = ("model", "depth")
+WITHOUT_NETWORK = {"handover", "evaluate", "report"}
 
 
 class Store:
@@ -41,18 +43,39 @@ class Store:
         self.redone: set[tuple[Path, str]] = set()  # forced stages are redone once a run, not at every use
 
     def networks(self) -> dict[str, Network]:
-        """The networks of this configuration by role (`model`, `depth`); a role whose option has none is left out."""
+        """The networks that the stages take, by role; a role whose option has none is left out.
+
+        Raises:
+            ReconError: the weights of one of them are not here. Those of others are not looked for.
+        """
         return {role: network for role, network in self._networks.items() if network is not None}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that the stages have a use for: `model` and `depth`, `depth` alone, or none."""
+        stages = set(self.config.stages) - WITHOUT_NETWORK
+        if self.config.benchmark.of_files:
+            stages.discard("benchmark")
+        return ROLES if stages - {"depth"} else ("depth",) if stages else ()
 
     @cached_property
     def _networks(self) -> dict[str, Network | None]:
-        self._fit_depth()
-        found = {"model": self._bootstrap_network(), "depth": self.config.depth.network()}
-        if self.config.quant_mode.keep:
+        if "depth" in self.roles:
+            self._fit_depth()
+        makers: dict[str, Callable[[], Network | None]]
+        makers = {"model": self._bootstrap_network, "depth": self.config.depth.network}
+        found = {role: makers[role]() for role in self.roles}
+        if self._judges_keep:
             from recon.quantise import require_own_keep_lists
 
             require_own_keep_lists(self.config.quant_mode.keep, [one for one in found.values() if one is not None])
         return found
+
+    @property
+    def _judges_keep(self) -> bool:
+        """Whether an entry of `quant_mode.keep` must concern a network of this run: not where the stages leave one out,
+        which it may be for."""
+        return bool(self.config.quant_mode.keep) and self.roles == ROLES
 
     def _fit_depth(self) -> None:
         """Give the streaming network's input the shape of the source's images, where the configuration leaves it open.
@@ -173,7 +196,7 @@ class Store:
         from recon.calibration import read_ranges
         from recon.quantise import make_recipe, require_matches
 
-        if self.config.quant_mode.keep:
+        if self._judges_keep:
             layers = {one.name: list(_infos(one)) for one in self.networks().values()}
             require_matches(self.config.quant_mode.keep, layers)
         ranges = read_ranges(calibrated(self, network).path) if self.needs_calibration else None

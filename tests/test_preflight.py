@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from recording import write_recording
 
+from recon.benchmark.contract import BenchmarkOptions
 from recon.config import Config, Evaluate, option
 from recon.errors import ReconError
 from recon.geometry.scale import ScaleOptions
@@ -120,3 +121,41 @@ def test_recorded_depth_is_asked_for_where_there_is_some(tmp_path: Path) -> None
 
 def test_stages_that_need_no_source_do_not_look_at_one(tmp_path: Path) -> None:
     preflight(config(tmp_path, source=Images(name="images", path="none"), stages=["export", "build"]))
+
+
+ABSENT = "nobody/has-no-such-weights"
+
+
+def test_weights_of_a_network_that_no_stage_uses_need_not_be_here(tmp_path: Path) -> None:
+    model = replace(option("model", "vggt-1b"), weights=ABSENT)
+    engine = option("engine", "torch")
+    settings = config(tmp_path, model=model, engine=engine, stages=["depth"])
+    assert plan(settings)
+    run(Run(settings, tmp_path / "run", Store(settings)))
+    assert (tmp_path / "run" / "depth_video" / "all.mp4").is_file()
+    depth = replace(option("depth", "da2-small"), weights=ABSENT)
+    for stages, benchmark in ((["report"], BenchmarkOptions()), (["benchmark"], BenchmarkOptions(root=str(tmp_path)))):
+        settings = config(tmp_path, model=model, depth=depth, stages=stages, benchmark=benchmark)
+        assert plan(settings)
+        assert not Store(settings).networks()
+
+
+@pytest.mark.parametrize("stages", [["export"], ["build", "reconstruct"], ["depth", "reconstruct"]])
+@pytest.mark.parametrize("role", ["model", "depth"])
+def test_weights_that_are_used_are_missed_before_any_work(tmp_path: Path, stages: list[str], role: str) -> None:
+    absent = replace(option(role, {"model": "vggt-1b", "depth": "da2-small"}[role]), weights=ABSENT)
+    settings = config(tmp_path, stages=stages, **{role: absent})
+    state = Run(settings, tmp_path / "run", Store(settings))
+    with pytest.raises(ReconError, match=f"weights={ABSENT}@main: not in the local cache"):
+        run(state)
+    assert not state.rows
+    assert not list(tmp_path.rglob("*.onnx"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_keep_list_is_judged_where_all_networks_are_used(tmp_path: Path) -> None:
+    (tmp_path / "keep.json").write_text('{"keep": ["encoder.*"], "weights": "of the model", "network": "vggt"}')
+    mode = replace(option("quant_mode", "torch-int8-dynamic"), keep=[str(tmp_path / "keep.json")])
+    assert list(Store(config(tmp_path, quant_mode=mode, stages=["depth"])).networks()) == ["depth"]
+    with pytest.raises(ReconError, match="made for the weights of the model of vggt"):
+        Store(config(tmp_path, quant_mode=mode, stages=["build"])).networks()

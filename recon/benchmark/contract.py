@@ -73,6 +73,11 @@ class BenchmarkOptions:
         if self.root is not None and not Path(self.root).is_dir():
             raise ReconError(f"benchmark.root={self.root}: no such folder", "give a folder that holds built engines")
 
+    @property
+    def of_files(self) -> bool:
+        """Whether engine files are timed, and not the engines of the configuration."""
+        return bool(self.engine or self.root or self.co_run)
+
     def _check_co_run(self) -> None:
         if not self.co_run:
             if self.every:
