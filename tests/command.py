@@ -9,11 +9,11 @@ TINY = ["source.width=128", "source.height=96", "source.steps=3", "tracking=none
 
 
 def recon(
-    *arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = ()
+    *arguments: str, cwd: Path, check: int | None = 0, wrapper: tuple[str, ...] = (), seconds: float = 300
 ) -> subprocess.CompletedProcess[str]:
     command = [*wrapper, sys.executable, "-m", "recon", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
