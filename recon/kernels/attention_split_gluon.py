@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _masked, _weights
+from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _masked, _produce, _weights
 
 
 @gluon.jit
@@ -37,7 +37,7 @@ def _half(
     top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
 
     mbarrier.wait(q_full, 0)
-    q = q_smem.reshape([ROWS, 64])
+    q = q_smem.index(0).reshape([ROWS, 64])
     mbarrier.wait(k_full.index(index), 0)
     k = k_smem.index(index).reshape([BLOCK_N, 64]).permute([1, 0])
     s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
@@ -119,28 +119,6 @@ def _lead(
 
 
 @gluon.jit
-def _feed(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row, q_column,
-    k_column, v_column, sequence, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    mbarrier.expect(q_full, q_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_desc, [sequence, row, q_column], q_full, q_smem)
-    for j in range(gl.cdiv(tokens, BLOCK_N)):
-        slot = j % STAGES
-        phase = ((j // STAGES) & 1) ^ 1
-        mbarrier.wait(k_free.index(slot), phase)
-        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_desc, [sequence, j * BLOCK_N, k_column], k_full.index(slot), k_smem.index(slot)
-        )
-        mbarrier.wait(v_free.index(slot), phase)
-        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [sequence, j * BLOCK_N, v_column], v_full.index(slot), v_smem.index(slot)
-        )
-
-
-@gluon.jit
 def split_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, score_scale, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr,
@@ -150,7 +128,7 @@ def split_attention_kernel(
     row = gl.program_id(0) * ROWS
     column = gl.program_id(1) * 64
     sequence = gl.program_id(2)
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, ROWS, 64], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, 1, ROWS, 64], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, BLOCK_N, 64], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, BLOCK_N, 64], v_desc.layout)
     o_smem = gl.allocate_shared_memory(o_desc.dtype, [1, ROWS, 64], o_desc.layout)
@@ -182,9 +160,9 @@ def split_attention_kernel(
                 q_smem, k_smem, v_smem, acc_smem, row_smem, q_full, k_full, k_free, v_full, v_free, done, tokens,
                 score_scale, ROWS, BLOCK_N, STAGES, SCALED,
             )),
-            (_feed, (
+            (_produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
-                q_column + column, k_column + column, v_column + column, sequence, BLOCK_N, STAGES,
+                q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, 1,
             )),
         ],
         [4, 1], [REGISTERS, 24],
