@@ -111,56 +111,15 @@ def _attend(
     row, column, sequence, out_scale, score_scale, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     BOUNDED: gl.constexpr, SCALED: gl.constexpr, CHECKED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = v_smem.dtype
     EXACT: gl.constexpr = BOUNDED and not CHECKED
     COARSE: gl.constexpr = EXACT and k_smem.dtype.primitive_bitwidth == 8
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, 1], [16, BLOCK_N, 256 // k_smem.dtype.primitive_bitwidth]
-    )
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     steps = gl.cdiv(tokens, BLOCK_N)
-    empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
-    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-
     mbarrier.wait(q_full, 0)
-    q = q_smem.index(index).reshape([ROWS, 64])
-    if BLOCK_N == 64:  # a smaller product waits for its operands in shared memory; with 128 keys the registers run out
-        q = q.load(gl.DotOperandLayout(0, score_layout, 32 // k_smem.dtype.primitive_bitwidth))
-    mbarrier.wait(k_full.index(0), 0)
-    k = k_smem.index(0).reshape([BLOCK_N, 64]).permute([1, 0])
-    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_free.index(0), count=1)
-    s = _masked(s, 0, tokens, EXACT, score_layout)
-    weights, fade, top, sums = _weights(s, top, score_scale, BOUNDED, SCALED, COARSE)
-    p = gl.convert_layout(weights.to(dtype), p_layout)
-    acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
-    for j in range(1, steps):
-        slot = j % STAGES
-        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
-        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
-        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
-        last = (j - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((j - 1) // STAGES) & 1)
-        product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_free.index(slot), count=1)
-        s = _masked(s, j * BLOCK_N, tokens, EXACT, score_layout)
-        weights, fade, top, more = _weights(s, top, score_scale, BOUNDED, SCALED, COARSE)
-        # The product reads its weights from registers: they have to stay until it is done.
-        acc, p = warpgroup_mma_wait(0, deps=[product, p])
-        mbarrier.arrive(v_free.index(last), count=1)
-        if BOUNDED:
-            sums += more
-        else:
-            sums = sums * fade + more
-            acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, out_layout)), 1)
-        p = gl.convert_layout(weights.to(dtype), p_layout)
-    last = (steps - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
-    product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
-    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+    acc, sums, _ = _gathered(
+        q_smem.index(index).reshape([ROWS, 64]), k_smem, v_smem, k_full, k_free, v_full, v_free, steps, tokens,
+        score_scale, 0, 1, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED, EXACT, COARSE,
+    )  # fmt: skip
 
     total = gl.convert_layout(gl.sum(sums, 1) if BOUNDED else sums, gl.SliceLayout(1, out_layout))
     if EXACT:
@@ -176,6 +135,62 @@ def _attend(
     fence_async_shared()
     tma.async_copy_shared_to_global(o_desc, [sequence, row + index * ROWS, column], tile)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _gathered(
+    q, k_smem, v_smem, k_full, k_free, v_full, v_free, steps, tokens, score_scale, FIRST: gl.constexpr,
+    EVERY: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BOUNDED: gl.constexpr,
+    SCALED: gl.constexpr, EXACT: gl.constexpr, COARSE: gl.constexpr,
+):  # fmt: skip
+    """Over `steps` blocks of keys, every EVERY-th from FIRST on: weighted values, sums and maximum (see `_weights`)."""
+    dtype: gl.constexpr = v_smem.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, BLOCK_N, 256 // k_smem.dtype.primitive_bitwidth]
+    )
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
+    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
+
+    if BLOCK_N == 64:  # a smaller product waits for its operands in shared memory; with 128 keys the registers run out
+        q = q.load(gl.DotOperandLayout(0, score_layout, 32 // k_smem.dtype.primitive_bitwidth))
+    mbarrier.wait(k_full.index(FIRST), 0)
+    k = k_smem.index(FIRST).reshape([BLOCK_N, 64]).permute([1, 0])
+    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(FIRST), count=1)
+    s = _masked(s, FIRST * BLOCK_N, tokens, EXACT, score_layout)
+    weights, fade, top, sums = _weights(s, top, score_scale, BOUNDED, SCALED, COARSE)
+    p = gl.convert_layout(weights.to(dtype), p_layout)
+    acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
+    for i in range(1, steps):
+        j = FIRST + i * EVERY
+        slot = j % STAGES
+        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
+        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
+        last = (j - EVERY) % STAGES
+        mbarrier.wait(v_full.index(last), ((j - EVERY) // STAGES) & 1)
+        product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _masked(s, j * BLOCK_N, tokens, EXACT, score_layout)
+        weights, fade, top, more = _weights(s, top, score_scale, BOUNDED, SCALED, COARSE)
+        # The product reads its weights from registers: they have to stay until it is done.
+        acc, p = warpgroup_mma_wait(0, deps=[product, p])
+        mbarrier.arrive(v_free.index(last), count=1)
+        if BOUNDED:
+            sums += more
+        else:
+            sums = sums * fade + more
+            acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, out_layout)), 1)
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+    j = FIRST + (steps - 1) * EVERY
+    mbarrier.wait(v_full.index(j % STAGES), (j // STAGES) & 1)
+    product = warpgroup_mma(p, v_smem.index(j % STAGES).reshape([BLOCK_N, 64]), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+    return acc, sums, top
 
 
 @gluon.jit

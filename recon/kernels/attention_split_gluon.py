@@ -15,11 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
-from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _masked, _produce, _weights
+from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _gathered, _produce
 
 
 @gluon.jit
@@ -28,50 +26,13 @@ def _half(
     ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Every second block of keys from block `index` on: weighted values, sums of weights, and their base."""
-    dtype: gl.constexpr = v_smem.dtype
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     steps = gl.cdiv(gl.cdiv(tokens, BLOCK_N) - index, 2)
-    empty = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
-    top = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-
     mbarrier.wait(q_full, 0)
-    q = q_smem.index(0).reshape([ROWS, 64])
-    mbarrier.wait(k_full.index(index), 0)
-    k = k_smem.index(index).reshape([BLOCK_N, 64]).permute([1, 0])
-    s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_free.index(index), count=1)
-    s = _masked(s, index * BLOCK_N, tokens, False, score_layout)
-    weights, fade, top, sums = _weights(s, top, score_scale, False, SCALED, False)
-    p = gl.convert_layout(weights.to(dtype), p_layout)
-    acc = gl.zeros([ROWS, 64], gl.float32, out_layout)
-    for i in range(1, steps):
-        j = index + i * 2
-        slot = j % STAGES
-        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
-        k = k_smem.index(slot).reshape([BLOCK_N, 64]).permute([1, 0])
-        s = warpgroup_mma(q, k, empty, use_acc=False, is_async=True)
-        last = (j - 2) % STAGES
-        mbarrier.wait(v_full.index(last), ((j - 2) // STAGES) & 1)
-        product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_free.index(slot), count=1)
-        s = _masked(s, j * BLOCK_N, tokens, False, score_layout)
-        weights, fade, top, more = _weights(s, top, score_scale, False, SCALED, False)
-        # The product reads its weights from registers: they have to stay until it is done.
-        acc, p = warpgroup_mma_wait(0, deps=[product, p])
-        mbarrier.arrive(v_free.index(last), count=1)
-        sums = sums * fade + more
-        acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, out_layout)), 1)
-        p = gl.convert_layout(weights.to(dtype), p_layout)
-    j = index + (steps - 1) * 2
-    last = j % STAGES
-    mbarrier.wait(v_full.index(last), (j // STAGES) & 1)
-    product = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, 64]), acc, is_async=True)
-    acc, p = warpgroup_mma_wait(0, deps=[product, p])
-    rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    acc, sums, top = _gathered(
+        q_smem.index(0).reshape([ROWS, 64]), k_smem, v_smem, k_full, k_free, v_full, v_free, steps, tokens,
+        score_scale, index, 2, ROWS, BLOCK_N, STAGES, False, SCALED, False, False,
+    )  # fmt: skip
     return acc, gl.convert_layout(sums, rows), gl.convert_layout(top, rows)
 
 
