@@ -187,10 +187,7 @@ def libraries(case: Attention, out: Path) -> None:
 
 def specialised(case: Attention, out: Path) -> None:
     """Attention with specialised warps, and the same with scores from FP8 queries and keys."""
-    for tile in (
-        AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4),
-        AttentionTile(n=64, stages=6),
-    ):  # fmt: skip
+    for tile in (AttentionTile(), AttentionTile(n=64, stages=4), AttentionTile(n=64, stages=6)):
         for bounded in (True, False):
             kernel = partial(launch.specialised_attention, tile=tile, bounded=bounded)
             case.note(out, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", kernel)
@@ -215,9 +212,11 @@ def streaming(views: int, out: Path) -> None:
             stages=stages,
         )  # fmt: skip
         note(out, group, f"triton running {m}/{n}/{warps}/{stages}", call, flop, error=lambda: rel(result, wanted))
-    for tile in (AttentionTile(), AttentionTile(groups=2, registers=232), AttentionTile(n=64, stages=4)):
+    for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
         call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 384, 768), 6, tile, False)
         note(out, group, f"gluon running {label(tile)}", call, flop, error=lambda: rel(result, wanted))
+    call = partial(launch.split_attention, packed, packed, packed, result, (0, 384, 768), 6)
+    note(out, group, "gluon split", call, flop, error=lambda: rel(result, wanted))
 
 
 def rows(views: int, out: Path) -> None:

@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+GROUPS = gl.constexpr(3)
+"""Consumer warpgroups of a program: two leave the tensor cores waiting."""
 ONE_COARSE = gl.constexpr(0.97265625)
 """What `_exp2_coarse` makes of 0, in the odd columns."""
 
@@ -220,10 +222,10 @@ def _produce(
 @gluon.jit
 def specialised_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, marks, tokens, q_column, k_column, v_column, out_scale, score_scale,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     BOUNDED: gl.constexpr, SCALED: gl.constexpr, CHECKED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """A tile of GROUPS * ROWS queries of one head and one sequence; GROUPS is 2 or 3, and num_warps 4.
+    """A tile of GROUPS * ROWS queries of one head and one sequence; num_warps is 4.
 
     CHECKED goes with BOUNDED, BF16 values and marks [sequences, HEADS, tokens] uint8: 1 where a row has to be done
     again.
@@ -255,49 +257,28 @@ def specialised_attention_kernel(
         mbarrier.init(k_free.index(i), count=GROUPS)
         mbarrier.init(v_free.index(i), count=GROUPS)
     # fmt: off
-    if GROUPS == 3:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
-                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
-                    CHECKED, HEADS,
-                )),
-                (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
-                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
-                    CHECKED, HEADS,
-                )),
-                (_consume, (
-                    2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
-                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
-                    CHECKED, HEADS,
-                )),
-                (_produce, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
-                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
-                )),
-            ],
-            [4, 4, 1], [REGISTERS, REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
-                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
-                    CHECKED, HEADS,
-                )),
-                (_consume, (
-                    1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
-                    tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
-                    CHECKED, HEADS,
-                )),
-                (_produce, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
-                    q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
-                )),
-            ],
-            [4, 1], [REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                CHECKED, HEADS,
+            )),
+            (_consume, (
+                1, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                CHECKED, HEADS,
+            )),
+            (_consume, (
+                2, q_smem, k_smem, v_smem, o_smem, q_full, k_full, k_free, v_full, v_free, o_desc, marks,
+                tokens, row, column, sequence, out_scale, score_scale, ROWS, BLOCK_N, STAGES, BOUNDED, SCALED,
+                CHECKED, HEADS,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
+                q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, GROUPS,
+            )),
+        ],
+        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+    )
     # fmt: on

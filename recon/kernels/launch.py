@@ -42,13 +42,17 @@ class LinearTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Block shape of the specialised attention: groups * rows queries a program."""
+    """Block shape of the specialised attention: as many tiles of `rows` queries a program as it has warpgroups."""
 
     rows: int = 64
     n: int = 128
-    groups: int = 3
     stages: int = 3
     registers: int = 160
+
+    @property
+    def queries(self) -> int:
+        """Queries of one program."""
+        return self.rows * int(attention_gluon.GROUPS.value)
 
 
 FUSED = LinearTile(128, 128, 128, 4, 3, programs=264)
@@ -109,10 +113,10 @@ def specialised_attention(
     marks: filled with 1 for every row whose scores lie too far out for this form, and 0; see there.
     """
     sequences, tokens = q.shape[:2]
-    attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.rows * tile.groups) * heads, sequences)](
+    attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.queries) * heads, sequences)](
         _described(q, tile.rows), _described(k, tile.n), _described(v, tile.n), _described(out, tile.rows),
         marks if marks is not None else out, tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n,
-        STAGES=tile.stages, GROUPS=tile.groups, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
+        STAGES=tile.stages, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
         SCALED=score_scale != 1, CHECKED=marks is not None, HEADS=heads, num_warps=4, **EARLY,
     )  # fmt: skip
 
@@ -201,7 +205,7 @@ def attend(
     sequences, tokens = q.shape[:2]
     low = q.dtype != v.dtype
     tile = LONG if bounded and tokens > 4096 and not low else SHORT
-    programs = triton.cdiv(tokens, tile.rows * tile.groups) * heads * sequences
+    programs = triton.cdiv(tokens, tile.queries) * heads * sequences
     if programs >= 4 * WAVE and not bounded and q.dtype == torch.bfloat16:
         marks = torch.empty(sequences, heads, tokens, dtype=torch.uint8, device=q.device)
         specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, False, out_scale, score_scale, marks)
