@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -246,10 +247,14 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
             path = attempt("depth of frames", lambda: _write_depth(frame, result.scale, folder))
             result.files += [path] if path is not None else []
 
-    with stop_on_signals() as stop, open_viewer(config.viewer, folder, result.bootstrap, config.rerun) as viewer:
+    with (
+        stop_on_signals() as stop,
+        open_viewer(config.viewer, folder, result.bootstrap, config.rerun) as viewer,
+        closing(streamer.run(observe)) as batches,
+    ):
         streamer.stop = stop
         start = time.perf_counter()
-        for step in track(streamer.run(observe), "Streaming", len(config.source)):
+        for step in track(batches, "Streaming", len(config.source)):
             viewer.step(step, streamer.fused)
         seconds = time.perf_counter() - start
     result.files += [*(attempt("index of keyframes", keyframes.close) or []), *viewer.files]

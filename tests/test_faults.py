@@ -254,3 +254,49 @@ def test_live_cameras_drop_what_comes_while_the_map_is_busy_until_somebody_stops
         assert all(later > earlier for earlier, later in pairwise(frames))
         assert frames[-1] - frames[0] + 1 > len(frames)  # the newest won
     assert metrics["source"]["skew_ms"]["max"] <= 50
+
+
+KEEPER = """
+import os, signal, sys, threading, time
+
+def frames(innermost):
+    while innermost is not None:
+        yield innermost
+        innermost = innermost.f_back
+
+def frame_of(name):
+    main, found = threading.main_thread().ident, None
+    while found is None:
+        time.sleep(0.001)
+        found = next((one for one in frames(sys._current_frames().get(main)) if one.f_code.co_name == name), None)
+    return found
+
+def watch():
+    kept = frame_of("_stream")
+    if os.environ["WHAT"] == "interrupted":
+        while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            time.sleep(0.001)
+        for _ in range(2):  # the first ends the stream, the second breaks off
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+    time.sleep(1000)  # while it runs, what it holds is never freed
+
+threading.Thread(target=watch, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(("what", "code"), [("finished", 0), ("interrupted", 130)])
+def test_the_exit_status_stands_where_somebody_holds_the_frames_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, code: int
+) -> None:
+    """As a debugger or a profiler does. Open3D would end the process with 1 while the map's tensors are alive."""
+    (tmp_path / "sitecustomize.py").write_text(KEEPER)
+    monkeypatch.setenv("WHAT", what)
+    words = ["source.steps=3" if what == "finished" else "source.steps=300", "stages=[reconstruct]"]
+    paths = f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"
+    done = subprocess.run(
+        [sys.executable, "-m", "recon", *RECORDED, *words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("to break off" in done.stdout) == (what == "interrupted")

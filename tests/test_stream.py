@@ -1,5 +1,8 @@
 """The stream as a whole: what is fused stays where it belongs, and errors do not feed back into the scale."""
 
+import time
+from _thread import interrupt_main
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from recon.config import option
 from recon.depth.recorded import Recorded
 from recon.live import DepthAnythingPool
+from recon.geometry.views import View
 from recon.live.align import Align
+from recon.live.reader import Reader
 from recon.live.stream import FrameResult, Streamer
 from recon.sources.synthetic import Synthetic
 
@@ -63,3 +68,20 @@ def test_a_rejected_frame_leaves_the_map_alone() -> None:
     assert not any(frame.align.accepted for frame in results)
     assert all(frame.align.reason for frame in results)
     assert np.array_equal(streamer.fused.points().points, streamer.anchor.points().points)
+
+
+def test_ctrl_c_while_reading_ends_waits_for_the_batch_in_hand() -> None:
+    """A thread that is left in native code would abort the process when the interpreter ends."""
+    ended = []
+
+    def batches() -> Iterator[list[View]]:
+        yield []
+        time.sleep(0.1)
+        interrupt_main()  # while __exit__ waits
+        time.sleep(0.3)
+        ended.append(True)
+        yield []
+
+    with pytest.raises(KeyboardInterrupt), Reader(batches, 1) as reader:
+        assert reader.get(wait=True) is not None
+    assert ended

@@ -9,7 +9,7 @@ finished in order, and the map has one owner, so the result does not depend on h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -87,8 +87,11 @@ class Streamer:
     def __post_init__(self) -> None:
         self._anchor_to(self.bootstrap, self.anchor)
 
-    def run(self, observe: Callable[[FrameResult], None]) -> Iterator[int]:
-        """Process all batches; `observe` sees every frame result. Yields the time step after each batch."""
+    def run(self, observe: Callable[[FrameResult], None]) -> Generator[int, None, None]:
+        """Process all batches; `observe` sees every frame result. Yields the time step after each batch.
+
+        Reading ends with the generator: close it where it may not come to its end.
+        """
         flying: deque[tuple[Batch, Flight]] = deque()
         with Reader(self.source.batches, self.options.ahead) as reader:
             while not self.stop.is_set():

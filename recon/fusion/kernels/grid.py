@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ class BlockGrid:
         self.active: Int32 = np.empty(0, np.int32)
         self._grid = self._new(8)
         self._adopt()
+        # Open3D ends the process with status 1 if a tensor outlives the interpreter: one does where somebody (a
+        # debugger, a profiler) still holds a frame that holds this grid. So what it has is let go of at exit.
+        weakref.finalize(self, vars(self).clear)
 
     @property
     def size(self) -> int:
