@@ -10,8 +10,8 @@ import pytest
 
 from recon.config import option
 from recon.depth.recorded import Recorded
-from recon.live import DepthAnythingPool
 from recon.geometry.views import View
+from recon.live import DepthAnythingPool
 from recon.live.align import Align
 from recon.live.reader import Reader
 from recon.live.stream import FrameResult, Streamer

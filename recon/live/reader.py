@@ -14,6 +14,7 @@ from recon.geometry.views import View
 
 PATIENCE_S = 10.0
 
+
 @dataclass(frozen=True)
 class Batch:
     """The views of one time step, from 1. read_ms: time that the source took. arrived: perf_counter at its end."""
