@@ -218,9 +218,11 @@ def _explained(error: Exception) -> ReconError | None:
 
 
 def _about_output(error: Exception) -> bool:
-    """Whether it says that the output folder cannot be written: the first to notice may be Hydra."""
+    """Whether it says that the output folder cannot be written or made: the first to notice may be Hydra."""
     codes = (1, 13, 17, 20, 28, 30, 36)  # not permitted (twice), in the way (twice), full, read-only, too long a name
-    return isinstance(error, OSError) and error.filename is not None and error.errno in codes
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    return error.errno in codes or traceback.extract_tb(error.__traceback__)[-1].name in ("mkdir", "makedirs")
 
 
 def _table(title: str, rows: list[dict[str, str]]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from recon.errors import Damaged, ReconError, Unwritable
 
 log = logging.getLogger(__name__)
+ELSEWHERE = "choose another folder with output=DIR"
 
 
 @dataclass
@@ -193,30 +194,33 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Create `folder`; turn a full disk and a read-only folder into errors that say so."""
+    """Create `folder`; turn a full disk, a read-only folder and one that cannot be made into errors that say so."""
+    made = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        made = True
         yield
     except OSError as error:
         if problem := _no_write(folder, error):
             raise Unwritable(*problem) from error
+        if not made:
+            raise Unwritable(f"{folder}: this folder cannot be made ({error.strerror})", ELSEWHERE) from error
         raise
 
 
 def _no_write(folder: Path, error: OSError) -> tuple[str, str] | None:
     """Problem and remedy of an error that says that nothing can be written there; None for any other."""
-    elsewhere = "choose another folder with output=DIR"
     if isinstance(error, PermissionError):
-        return f"{error.filename or folder}: not writable", elsewhere
+        return f"{error.filename or folder}: not writable", ELSEWHERE
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
-        return f"{folder}: the disk is full ({free:.0f} MiB free)", f"free some space or {elsewhere}"
+        return f"{folder}: the disk is full ({free:.0f} MiB free)", f"free some space or {ELSEWHERE}"
     if error.errno == 27:  # EFBIG
         return f"{folder}: a file would be larger than this process may write", "raise `ulimit -f`"
     if error.errno == 30:  # EROFS
-        return f"{folder}: on a read-only file system", elsewhere
+        return f"{folder}: on a read-only file system", ELSEWHERE
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{folder}: a file is in the way of this folder", elsewhere
+        return f"{folder}: a file is in the way of this folder", ELSEWHERE
     return None
 
 

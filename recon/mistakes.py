@@ -28,9 +28,9 @@ def explain(error: BaseException, arguments: Sequence[str]) -> ReconError:
     if isinstance(error, MissingConfigException):
         return _no_such_option(error, arguments)
     if isinstance(error, OSError):
-        return ReconError(
-            f"{error.filename}: {error.strerror}", "mend its place or rights; results go elsewhere with output=DIR"
-        )
+        missing = isinstance(error, FileNotFoundError)  # a parent, as the system says it where it makes no folders
+        said = f"this folder cannot be made ({error.strerror})" if missing else error.strerror
+        return ReconError(f"{error.filename}: {said}", "mend its place or rights; results go elsewhere with output=DIR")
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, MissingMandatoryValue):
         return ReconError(f"{cause.full_key} has no value", f"give {cause.full_key}=...")

@@ -158,6 +158,13 @@ def test_output_below_a_file(tmp_path: Path) -> None:
     refused(recon(*SMALL, cwd=tmp_path, check=None), "outputs")
 
 
+@pytest.mark.parametrize("how", [[], ["-m"], ["hydra.run.dir=run"]], ids=["run", "sweep", "artifacts alone"])
+def test_output_where_no_folder_can_be_made(tmp_path: Path, how: list[str]) -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("this system has no /proc, where every new folder is refused with ENOENT")
+    refused(recon(*SMALL, "output=/proc/x", *how, cwd=tmp_path, check=None), "/proc/x", "cannot be made", "output=DIR")
+
+
 def test_a_sweep_ends_with_one_table_and_refused_rows(tmp_path: Path) -> None:
     done = recon(
         "-m",
