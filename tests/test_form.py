@@ -206,6 +206,23 @@ def test_what_the_kernels_cannot_do_is_refused_or_compiled_and_said(
     assert reason in said["reason"]
 
 
+def test_the_log_has_both_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "net.pt2"
+    log = out.with_name("net.pt2.log")
+    log.write_text("of an earlier build")
+    monkeypatch.setattr(aoti_compile, "_unfit", lambda *_: "")  # as if this were such a GPU
+
+    def stop(*_: object) -> None:
+        raise ReconError("before Inductor's code is compiled", "that takes long")
+
+    monkeypatch.setattr(aoti_compile, "_compiled", stop)
+    with pytest.raises(ReconError, match="before Inductor's code"):
+        engine(kernels="auto").build(Build(plain_network(), None, Recipe), out)
+    said = log.read_text()
+    assert "earlier" not in said
+    assert 0 < said.index("INFO recon: net.pt2: recon's kernels") < said.index("INFO recon: net.pt2: Inductor")
+
+
 def test_fp16_that_overflows_is_refused(tmp_path: Path) -> None:
     of = depth()
 

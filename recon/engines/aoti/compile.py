@@ -45,14 +45,17 @@ def build(
 ) -> dict[str, Any]:
     """Write the package `out` and its log `<out>.log`; facts for the manifest. kernels, fp8_scores: the engine's knobs.
 
+    Where recon's kernels are tried first and Inductor compiles after them, the log has both attempts.
+
     Raises:
         ReconError: no C++ compiler, not enough memory, an operation that cannot be exported or compiled, or
             kernels=recon or fp8_scores where recon's kernels cannot carry out the recipe.
     """
     reason, recipe = "", source.recipe
+    _log_of(out).unlink(missing_ok=True)  # of an earlier build
     if kernels != "inductor" and not (reason := _unfit(kernels, device, max_autotune)):
         made = recipe()
-        with build_log(out), translated(source.network, device):
+        with build_log(out, "recon's kernels"), translated(source.network, device):
             found = form.converted(source.network.load(), source, made, device, fp8_scores)
             if not isinstance(found, str):
                 facts = form.write(found, source, made, out, device)
@@ -89,7 +92,7 @@ def _compile(source: Build, recipe: Recipe, out: Path, device: str, max_autotune
     example = network.example(EXAMPLE_SEEDS[0])
     examples = [{name: network.example(seed)[name] for name in network.inputs} for seed in EXAMPLE_SEEDS]
     module = prepare(network.load(), recipe, examples).requires_grad_(False)
-    with build_log(out), translated(network, device):
+    with build_log(out, "Inductor"), translated(network, device):
         arguments = tuple(example[name].to(device) for name in network.inputs)
         module = module.to(device)
         with torch.no_grad():
@@ -219,10 +222,11 @@ def _facts(out: Path, recipe: Recipe, kept_fp32: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def build_log(out: Path) -> Iterator[None]:
-    """Keep what torch says while it compiles in `<out>.log`, beside the package, instead of on the terminal."""
-    file = logging.FileHandler(out.with_name(out.name + ".log"), mode="w")
+def build_log(out: Path, attempt: str) -> Iterator[None]:
+    """Add what torch says while it compiles to `<out>.log`, beside the package, instead of on the terminal."""
+    file = logging.FileHandler(_log_of(out))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.emit(logging.LogRecord("recon", logging.INFO, "", 0, f"{out.name}: {attempt}", None, None))
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
@@ -239,6 +243,10 @@ def build_log(out: Path) -> Iterator[None]:
         for text in dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught):
             file.emit(logging.LogRecord("warnings", logging.WARNING, "", 0, text, None, None))
         file.close()
+
+
+def _log_of(out: Path) -> Path:
+    return out.with_name(out.name + ".log")
 
 
 @contextmanager
