@@ -157,6 +157,10 @@ def test_the_recorder_sees_formats_and_not_intentions() -> None:
     assert [(p["op"], p["compute"], p["weight"], p["tensor"]) for p in seen.products] == [
         ("aten.addmm", "bf16", "bf16", "w")
     ]
+    wide = torch.randn(4, 4, dtype=torch.float64)
+    with Recorder({"w": wide}) as seen:  # a type that only one of the tables of names used to have
+        torch.mm(wide + 1, wide)
+    assert [(p["compute"], p["weight"]) for p in seen.products] == [("fp64", "fp64")]
 
 
 def stored_int8(of: Network) -> Recipe:

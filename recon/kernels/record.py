@@ -19,8 +19,9 @@ SUMMED = "aten::mul"  # a 1x1 convolution with few outputs is multiplications an
 ATTENTION = ("recon::attention", "recon::few_tokens_attention")
 NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.int32: "int32",
-    torch.float8_e4m3fn: "fp8",
+    torch.float8_e4m3fn: "fp8", torch.uint8: "uint8", torch.float64: "fp64",
 }  # fmt: skip
+"""Number formats, by torch's types, as recipes and certificates call them."""
 
 
 class Recorder(TorchDispatchMode):

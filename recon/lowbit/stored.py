@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NAMES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.int32: "int32",
-    torch.float8_e4m3fn: "fp8", torch.uint8: "uint8", torch.float64: "fp64",
-}  # fmt: skip
+from recon.kernels.record import NAMES
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from recon.kernels.record import NAMES
 from recon.lowbit.apply import WRAPPED, Wide
-from recon.lowbit.stored import NAMES, codebook_format, name_of
+from recon.lowbit.stored import codebook_format, name_of
 
 PRODUCT = re.compile(
     r"(^|_)(mm|addmm|bmm|baddbmm|addmv|mv)($|_)|convolution|scaled_dot_product|flex_attention|linear_pointwise|mkl_linear"
