@@ -14,6 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recon.errors import ReconError
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx
@@ -40,7 +42,7 @@ PASSING = {"Reshape", "Transpose", "Identity", "Cast", "Unsqueeze", "Squeeze", "
 """Operators that move values without computing with them."""
 FUSED_AFTER = {"Add", "Relu", "Clip", "Sigmoid", "Tanh", "Gelu", "LeakyRelu"}
 """Operators that engines fuse into the product before them, often under the name of their output."""
-SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"  # e.g. "['', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear']"
 MODULES_KEY = "recon.modules"
 """Model metadata in which an engine's file keeps the module path of every node it was built from."""
 
@@ -74,6 +76,42 @@ class Product:
     compute: str
     activation: str = ""
     weight: Weight | None = None
+
+
+def read_model(path: Path, stages: str = "export,build") -> onnx.ModelProto:
+    """The model of an ONNX file, its weights left on disk. stages: those that write such a file, for remedies.
+
+    Raises:
+        ReconError: no such file, no ONNX, or nothing in it.
+    """
+    import onnx
+
+    if not path.is_file():
+        raise ReconError(f"{path}: no such file", f"run stages=[{stages}] first")
+    remedy = f"delete it and run stages=[{stages}] again"
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is private to its implementation
+        raise ReconError(f"{path}: is no ONNX file, or damaged ({error})", remedy) from error
+    if not model.graph.node:
+        raise ReconError(f"{path}: holds no graph", remedy)
+    return model
+
+
+def scopes(node: onnx.NodeProto) -> list[str]:
+    """Module paths from the outermost to the innermost, and the operator's name last; empty without metadata."""
+    text = next((item.value for item in node.metadata_props if item.key == SCOPES), "")
+    try:
+        found = ast.literal_eval(text) if text else []
+    except (ValueError, SyntaxError):  # not written by torch's exporter
+        return []
+    return [str(scope) for scope in found]
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """Path of the innermost module that the node belongs to; empty when the graph does not say."""
+    found = scopes(node)
+    return found[-2] if len(found) > 1 else ""
 
 
 class OnnxGraph:
@@ -112,14 +150,7 @@ class OnnxGraph:
 
     def module(self, node: onnx.NodeProto) -> str:
         """Module path that the exporter left in the node, or an empty string."""
-        for entry in node.metadata_props:
-            if entry.key == SCOPES:
-                try:
-                    scopes = ast.literal_eval(entry.value)
-                except (ValueError, SyntaxError):
-                    return ""
-                return str(scopes[-2]) if len(scopes) > 1 else ""
-        return ""
+        return module_path(node)
 
     def values(self, name: str) -> np.ndarray:
         """A constant's values, read from disk."""

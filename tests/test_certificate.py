@@ -24,7 +24,7 @@ from recon.engines.torch import Torch
 from recon.errors import ReconError
 from recon.export import ExportOptions, export
 from recon.formats import Inspection, LayerFormat, Ranges, Recipe
-from recon.graph.layers import module_path
+from recon.onnxgraph import module_path
 from recon.precision import Precision
 from recon.quant import QuantMode
 from recon.quantise import assign, layer_infos, make_recipe, write

@@ -185,6 +185,7 @@ def test_a_source_that_is_missing_or_damaged_is_named(
     engine = OnnxRuntime(name="onnxruntime", provider=provider)
     with pytest.raises(ReconError, match=r"gone\.onnx: no such file"):
         engine.optimise(tmp_path / "gone.onnx", tmp_path / "x.engine")
-    (tmp_path / "half.onnx").write_bytes(written[1].read_bytes()[:500])
-    with pytest.raises(ReconError, match=r"half\.onnx: is no readable ONNX file"):
-        engine.optimise(tmp_path / "half.onnx", tmp_path / "x.engine")
+    for content, fault in ((written[1].read_bytes()[:500], "is no ONNX file, or damaged"), (b"", "holds no graph")):
+        (tmp_path / "half.onnx").write_bytes(content)
+        with pytest.raises(ReconError, match=rf"half\.onnx: {fault}"):
+            engine.optimise(tmp_path / "half.onnx", tmp_path / "x.engine")

@@ -20,10 +20,11 @@ from recon.errors import ReconError
 from recon.export import ExportOptions, export
 from recon.formats import Ranges, Recipe
 from recon.graph import writer, writer_check
-from recon.graph.layers import find_layers, module_path, replaced_weights
+from recon.graph.layers import find_layers, replaced_weights
 from recon.graph.lower import lower
 from recon.graph.writer_opset import opset_of, raise_opset
 from recon.network import Network, TensorSpec
+from recon.onnxgraph import module_path
 from recon.precision import Precision
 from recon.quant import QuantMode
 from recon.quant.torch_dynamic import TorchDynamic

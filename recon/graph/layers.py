@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ReconError
+from recon.onnxgraph import scopes
 
 if TYPE_CHECKING:
     import onnx
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # e.g. "['', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'linear']"
 PRODUCTS = ("MatMul", "Gemm")
 BETWEEN = ("Cast", "Transpose")  # what may lie between a stored weight and its product; weights have two axes to turn
 
@@ -32,22 +31,6 @@ class Occurrence:
     weight: str
     transposed: bool
     dtype: int
-
-
-def scopes(node: onnx.NodeProto) -> list[str]:
-    """Module paths from the outermost to the innermost, and the operator's name last; empty without metadata."""
-    text = next((item.value for item in node.metadata_props if item.key == SCOPES), "")
-    try:
-        found = ast.literal_eval(text) if text else []
-    except (ValueError, SyntaxError):  # not written by torch's exporter
-        return []
-    return [str(scope) for scope in found]
-
-
-def module_path(node: onnx.NodeProto) -> str:
-    """Path of the innermost module that the node belongs to; empty when the graph does not say."""
-    found = scopes(node)
-    return found[-2] if len(found) > 1 else ""
 
 
 def find_layers(model: onnx.ModelProto, paths: Collection[str]) -> list[Occurrence]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from recon.errors import ReconError
-from recon.graph.layers import module_path
+from recon.onnxgraph import module_path, read_model
 
 
 def read_graph(path: Path, weights: bool = True) -> onnx.ModelProto:
@@ -17,15 +17,7 @@ def read_graph(path: Path, weights: bool = True) -> onnx.ModelProto:
         ReconError: no such file, no ONNX, its external data is missing or too short, or an operator that does not
             exist in the operator set that the file names (with the module path that it comes from).
     """
-    if not path.is_file():
-        raise ReconError(f"{path}: no such file", "run stages=[export] first")
-    remedy = "delete it and run stages=[export] again"
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError is private to its implementation
-        raise ReconError(f"{path}: is no ONNX file, or damaged: {type(error).__name__}", remedy) from error
-    if not model.graph.node:
-        raise ReconError(f"{path}: holds no graph", remedy)
+    model, remedy = read_model(path, "export"), "delete it and run stages=[export] again"
     _require_data(model, path, remedy)
     require_operators(model, str(path))
     if weights:

@@ -27,10 +27,10 @@ from onnx import TensorProto
 
 from recon.errors import ReconError
 from recon.formats import Ranges, RestFormat
-from recon.graph.layers import module_path
 from recon.graph.rules import Rules
 from recon.graph.types import NUMBERS, converted_tensor, value_types, without_weights
 from recon.graph.writer_opset import opset_of, raise_opset
+from recon.onnxgraph import module_path
 
 NEWEST_OPSET = 23
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recon.graph.layers import SCOPES
+from recon.onnxgraph import SCOPES
 
 if TYPE_CHECKING:
     import onnx

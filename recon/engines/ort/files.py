@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recon.engines.ort.session import data_file
 from recon.errors import ReconError
-
-if TYPE_CHECKING:
-    import onnx
-
-
-def read(path: Path) -> onnx.ModelProto:
-    """The graph, its weights left on disk.
-
-    Raises:
-        ReconError: the file is missing or damaged.
-    """
-    import onnx
-
-    if not path.is_file():
-        raise ReconError(f"{path}: no such file", "run stages=[export,build] first")
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises types of its own
-        raise ReconError(f"{path}: is no readable ONNX file: {error}", "delete it and run again") from error
+from recon.onnxgraph import read_model
 
 
 def copied(source: Path, out: Path) -> None:
@@ -37,7 +18,7 @@ def copied(source: Path, out: Path) -> None:
     """
     from onnx.external_data_helper import uses_external_data
 
-    model = read(source)
+    model = read_model(source)
     kept = [tensor for tensor in model.graph.initializer if uses_external_data(tensor)]
     places = [entry for tensor in kept for entry in tensor.external_data if entry.key == "location"]
     if len(found := {entry.value for entry in places}) > 1:
@@ -51,7 +32,7 @@ def copied(source: Path, out: Path) -> None:
 
 def graph_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the inputs; -1 = dynamic."""
-    graph = read(path).graph
+    graph = read_model(path).graph
     constants = {tensor.name for tensor in graph.initializer}
     return {
         item.name: tuple(

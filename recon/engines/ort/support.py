@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recon.engines.ort.files import read
 from recon.engines.ort.islands import islands
 from recon.formats import LayerFormat, RestFormat
-from recon.onnxgraph import OnnxGraph
+from recon.onnxgraph import OnnxGraph, read_model
 
 if TYPE_CHECKING:
     import onnx
@@ -77,7 +76,7 @@ def rewrites(path: Path, provider: str) -> Rewrites:
     Raises:
         ReconError: the file is missing or damaged.
     """
-    model = read(path)
+    model = read_model(path)
     entries, off = _kept_quantised(path)
     changes: list[str] = []
     if off and "ConstantFolding" not in off and _unshare(model):

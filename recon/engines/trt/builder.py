@@ -22,6 +22,7 @@ from recon.engines.trt.plan import PlanFacts, remember
 from recon.engines.trt.shared import log_path
 from recon.errors import ReconError, Refused
 from recon.machine import MIB, peak_rss_mib
+from recon.onnxgraph import read_model
 
 if TYPE_CHECKING:
     from recon.engines.tensorrt import TensorRT
@@ -35,7 +36,7 @@ def build(engine: TensorRT, library: Library, onnx: Path, out: Path) -> dict[str
     Raises:
         ReconError: TensorRT cannot parse or build the graph, memory ran out, or the profiles do not fit it.
     """
-    model = parsing.read(onnx)
+    model = read_model(onnx)
     parsing.name_by_module(model)
     start, file = time.perf_counter(), log_path(out)
     kept = destination(file)

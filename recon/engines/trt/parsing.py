@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recon.engines.trt.library import Library
 from recon.engines.trt.messages import Heard
 from recon.errors import ReconError
+from recon.onnxgraph import module_path
 
 if TYPE_CHECKING:
     import onnx
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # what torch's exporter keeps of a node's place in the module
 SEPARATOR = "|"
 LIMIT = 2**31 - 1  # bytes of one protobuf
-
-
-def read(path: Path) -> onnx.ModelProto:
-    """The graph without its weights, which stay in their own file.
-
-    Raises:
-        ReconError: the file is missing or no ONNX file.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    if not path.is_file():
-        raise ReconError(f"{path}: no such file", "run stages=[export,build] first")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except DecodeError as error:
-        raise ReconError(f"{path}: not an ONNX file, or a damaged one ({error})", "delete it and run again") from error
-    if not model.graph.node:
-        raise ReconError(f"{path}: an ONNX file without any node", "delete it and run again")
-    return model
 
 
 def name_by_module(model: onnx.ModelProto) -> None:
@@ -45,16 +24,6 @@ def name_by_module(model: onnx.ModelProto) -> None:
     """
     for number, node in enumerate(model.graph.node):
         node.name = SEPARATOR.join((module_path(node), node.op_type, str(number)))
-
-
-def module_path(node: onnx.NodeProto) -> str:
-    """Path of the innermost module that a node came from; empty when it is not known."""
-    text = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-    try:
-        scopes = ast.literal_eval(text) if text else []
-    except (ValueError, SyntaxError):
-        return ""
-    return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def parse(library: Library, network: Any, logger: Any, model: onnx.ModelProto, path: Path, heard: Heard) -> Any:
