@@ -210,7 +210,8 @@ class RerunViewer(Viewer):
 def _flush(recording: Any, spawned: bool) -> None:
     """Write out what is pending. A viewer that a person has closed must not cost the file.
 
-    Where rerun's writing thread has died of a full disk, `disconnect` waits for it without end: it is left behind.
+    Where rerun's writing thread has died of a full disk, `disconnect` waits for it without end: it is left behind, and
+    so is what rerun does when the process ends, which waits for the same thread.
     """
     try:
         recording.flush(timeout_sec=FLUSH_S)
@@ -220,6 +221,10 @@ def _flush(recording: Any, spawned: bool) -> None:
     ending = threading.Thread(target=recording.disconnect, name="rerun-disconnect", daemon=True)
     ending.start()
     ending.join(FLUSH_S)
+    if ending.is_alive():
+        import rerun
+
+        rerun.unregister_shutdown()
 
 
 def _shrunk(size: tuple[int, int], width: int) -> tuple[int, int]:

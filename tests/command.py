@@ -13,7 +13,9 @@ def recon(
 ) -> subprocess.CompletedProcess[str]:
     command = [*wrapper, sys.executable, "-m", "recon", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=seconds, env=environment, check=False
+    )
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

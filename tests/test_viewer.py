@@ -3,8 +3,10 @@
 import resource
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from recon.fusion import Map
 from recon.geometry.views import Bootstrap, View
 from recon.models.recorded import Recorded
 from recon.options import RerunOptions
-from recon.viewer import Viewer, _require_complete, open_viewer
+from recon.viewer import Viewer, _flush, _require_complete, open_viewer
 
 SIZE, PER_VIEW_POINTS = (64, 48), 100
 
@@ -173,6 +175,20 @@ def test_a_full_disk_costs_the_recording_not_the_run(scene: Any, tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (viewer.files, viewer.lost) == ((), "recon.rrd: the recording was cut short")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_that_cannot_end_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a full disk rerun sometimes waits for its writing thread without end, again when the process ends."""
+    rerun, forgotten, over = pytest.importorskip("rerun"), threading.Event(), threading.Event()
+    recording = SimpleNamespace(flush=lambda timeout_sec: None, disconnect=over.wait)
+    monkeypatch.setattr(rerun, "unregister_shutdown", forgotten.set)
+    monkeypatch.setattr("recon.viewer.FLUSH_S", 0.05)
+    _flush(recording, spawned=False)
+    assert forgotten.is_set()
+    over.set()
+    forgotten.clear()
+    _flush(recording, spawned=False)
+    assert not forgotten.is_set()
 
 
 def test_none_shows_nothing(scene: Any, tmp_path: Path) -> None:
