@@ -274,13 +274,13 @@ def frame_of(name):
 def watch():
     kept = frame_of("_stream")
     if os.environ["WHAT"] == "interrupted":
-        while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            time.sleep(0.001)
-        for _ in range(2):  # the first ends the stream, the second breaks off
+        for restored in (False, True):  # the first ends the stream, which then listens no more; the second breaks off
+            while (signal.getsignal(signal.SIGINT) is signal.default_int_handler) is not restored:
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.02)
     time.sleep(1000)  # while it runs, what it holds is never freed
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
 threading.Thread(target=watch, daemon=True).start()
 """
 

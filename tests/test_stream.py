@@ -1,5 +1,6 @@
 """The stream as a whole: what is fused stays where it belongs, and errors do not feed back into the scale."""
 
+import signal
 import time
 from _thread import interrupt_main
 from collections.abc import Iterator
@@ -82,6 +83,10 @@ def test_ctrl_c_while_reading_ends_waits_for_the_batch_in_hand() -> None:
         ended.append(True)
         yield []
 
-    with pytest.raises(KeyboardInterrupt), Reader(batches, 1) as reader:
-        assert reader.get(wait=True) is not None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background start with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), Reader(batches, 1) as reader:
+            assert reader.get(wait=True) is not None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended

@@ -86,7 +86,7 @@ def test_benchmark_modes_time_what_they_say(
     store = Store(replace(settings, benchmark=timing))
     before = _rows(store.root / "benchmarks.csv")
     found = benchmark_engines(store)
-    network = store.networks()["depth"].name
+    network = Store(settings).networks()["depth"].name
     assert list(found) == [name.replace("FILE", file.name).replace("NETWORK", network) for name in names]
     assert [len(result.latency_samples_ms) for result in found.values()] == samples
     together = [result for result in found.values() if result.company > 1]
