@@ -160,8 +160,11 @@ def test_a_recording_cut_short_is_noticed(recorded: Path, tmp_path: Path) -> Non
     _require_complete(recorded)
 
 
-def test_a_full_disk_costs_the_recording_not_the_run(scene: Any, tmp_path: Path) -> None:
+def test_a_full_disk_costs_the_recording_not_the_run(
+    scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("rerun")
+    monkeypatch.setattr("recon.viewer.FLUSH_S", 2.0)  # waited for twice
     _, batches, bootstrap, fused = scene
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
