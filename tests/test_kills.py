@@ -33,7 +33,7 @@ def frames_without_times(run: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("networks", "times"), [(NETWORKS, 4), (RECORDED, 3)], ids=["networks", "recorded"])
+@pytest.mark.parametrize(("networks", "times"), [(NETWORKS, 7), (RECORDED, 5)], ids=["networks", "recorded"])
 def test_killed_at_random_moments_then_rerun_gives_the_undisturbed_result(
     networks: list[str], times: int, tmp_path: Path
 ) -> None:
