@@ -30,6 +30,7 @@ from recon.live.losses import Losses
 from recon.live.scores import DepthScores
 from recon.live.stopping import stop_on_signals
 from recon.live.stream import FrameResult, Streamer
+from recon.live.warmup import warm_up
 from recon.sources.state import totals
 from recon.store import Store
 from recon.viewer import open_viewer
@@ -180,14 +181,12 @@ def reconstruct_scene(
         )
         result.seconds["bootstrap_fuse"] = time.perf_counter() - start
         _write_points(result, folder / "bootstrap_map.ply")
-        start = time.perf_counter()
         streamer = Streamer(
             config.source, config.depth, pool, bootstrap, fused, anchor, config.align, config.stream, starts=starts
         )
         streamer.again = lambda views: _bootstrap_again(config, streamer, views, again)
         _stream(config, streamer, result, folder)
         result.source = config.source.report()
-        result.seconds["stream"] = time.perf_counter() - start
         with busy("Writing the map"):
             _write_outputs(config, streamer, result, folder)
     return result
@@ -253,10 +252,12 @@ def _stream(config: Config, streamer: Streamer, result: Reconstruction, folder: 
         closing(streamer.run(observe)) as batches,
     ):
         streamer.stop = stop
+        with busy("Getting ready for the first frame"):
+            result.seconds["warm_up"] = warm_up(streamer, config.fusion.create)
         start = time.perf_counter()
         for step in track(batches, "Streaming", len(config.source)):
             viewer.step(step, streamer.fused)
-        seconds = time.perf_counter() - start
+        seconds = result.seconds["stream"] = time.perf_counter() - start
     result.files += [*(attempt("index of keyframes", keyframes.close) or []), *viewer.files]
     if viewer.lost:
         result.losses.add(viewer.name, viewer.lost)

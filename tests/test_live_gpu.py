@@ -49,8 +49,7 @@ def test_a_recording_is_streamed_in_real_time(recording: Path, tmp_path: Path) -
     out = tmp_path / "live.json"
     said = benchmark(
         "run", "--frames", str(recording), "--out", str(out), "--device", "cpu", "--fps", "2", "--seconds", "2",
-        "--warm-up", "0.5", "--architecture", "twin", "--input", "56", "56", "--voxel", "0.08", "--render-width", "48",
-        "--decode",
+        "--architecture", "twin", "--input", "56", "56", "--voxel", "0.08", "--render-width", "48", "--decode",
     )  # fmt: skip
     found = json.loads(out.read_text())
     batches = len(found["latency_samples_ms"])
@@ -65,4 +64,6 @@ def test_a_recording_is_streamed_in_real_time(recording: Path, tmp_path: Path) -
     parts = sum(found["ms"][part]["p50"] for part in ("depth", "align", "fuse"))
     assert parts > 0
     assert found["target_reached"] is (found["dropped"] == 0 and found["latency_ms"]["p95"] <= 66)
+    assert found["warm_up_s"] > 0
+    assert f"ready after {found['warm_up_s']:.2f} s" in said
     assert "latency ms: p50" in said

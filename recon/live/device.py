@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -65,6 +65,12 @@ class DeviceStep(Step):
         self.reference = DeviceReference(self.anchor, self.fused, self.options.render_width)
         self.aligner = DeviceAligner(next(iter(self.aligners.values())), self.graphs)
         self.movers = DeviceMovers(self.options.moving_frames, self.options.moving_tolerance)
+
+    def rehearsal(self, scratch: Map) -> Self:
+        """With this step's own fits, which are recorded for the object that makes them and keep nothing of a frame."""
+        found = super().rehearsal(scratch)
+        found.aligner = self.aligner
+        return found
 
     def submit(self, batch: Batch) -> list[Run]:
         runs = []

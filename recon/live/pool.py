@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -189,6 +189,16 @@ class DepthAnythingPool:
     def waiting(self) -> int:
         """Images that no worker has taken yet."""
         return self._jobs.qsize()
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is handed in and finished inside is not in the counters."""
+        before = self.frames, self.failures, self.retried, self.most_waiting
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.frames, self.failures, self.retried, self.most_waiting = before
 
     def close(self) -> None:
         """Let the workers finish what was handed over, then free their sessions. May be called twice."""

@@ -9,9 +9,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from recon.errors import ReconError
 from recon.geometry.views import Array, PosedDepth, View
@@ -47,6 +47,12 @@ class Step(ABC):
     @abstractmethod
     def finish(self, batch: Batch, flight: Flight) -> list[FrameResult]:
         """Align and fuse a batch in camera order, once its depth is there."""
+
+    def rehearsal(self, scratch: Map) -> Self:
+        """The same work on another map and on copies of the aligners, with open gates: every batch goes all the way."""
+        options = replace(self.options, min_coverage=0.0, min_span=0.0, min_inlier=0.0, max_far=1.0)
+        aligners = {camera: replace(aligner, options=options) for camera, aligner in self.aligners.items()}
+        return replace(self, fused=scratch, options=options, aligners=aligners)
 
 
 def step_for(
