@@ -188,13 +188,13 @@ def libraries(case: Attention, out: Path) -> None:
 def specialised(case: Attention, out: Path) -> None:
     """Attention with specialised warps, and the same with scores from FP8 queries and keys."""
     for tile in (AttentionTile(), AttentionTile(n=64, stages=4), AttentionTile(n=64, stages=6)):
-        for bounded in (True, False):
-            kernel = partial(launch.specialised_attention, tile=tile, bounded=bounded)
-            case.note(out, f"gluon {'bounded' if bounded else 'running'} {label(tile)}", kernel)
+        for form in ("bounded", "running"):
+            kernel = partial(launch.specialised_attention, tile=tile, form=form)
+            case.note(out, f"gluon {form} {label(tile)}", kernel)
     balance = torch.tensor([SCALE**-0.5, SCALE**0.5], device="cuda").repeat_interleave(1024)
     scores = reference.cast(case.packed[..., :2048] * balance, torch.float8_e4m3fn)
     for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
-        kernel = partial(launch.specialised_attention, tile=tile, bounded=True)
+        kernel = partial(launch.specialised_attention, tile=tile, form="bounded")
         case.note(out, f"gluon bounded e4m3 scores {label(tile)}", kernel, scores)
 
 
@@ -213,7 +213,7 @@ def streaming(views: int, out: Path) -> None:
         )  # fmt: skip
         note(out, group, f"triton running {m}/{n}/{warps}/{stages}", call, flop, error=lambda: rel(result, wanted))
     for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
-        call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 384, 768), 6, tile, False)
+        call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 384, 768), 6, tile, "running")
         note(out, group, f"gluon running {label(tile)}", call, flop, error=lambda: rel(result, wanted))
     call = partial(launch.split_attention, packed, packed, packed, result, (0, 384, 768), 6)
     note(out, group, "gluon split", call, flop, error=lambda: rel(result, wanted))

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from recon.kernels.attention_gluon import _after_the_kernel_before, _exp2, _gathered, _produce
+from recon.kernels.attention_inner_gluon import _after_the_kernel_before, _exp2, _feed, _gathered
 
 
 @gluon.jit
@@ -31,7 +31,7 @@ def _half(
     mbarrier.wait(q_full, 0)
     acc, sums, top = _gathered(
         q_smem.index(0).reshape([ROWS, 64]), k_smem, v_smem, k_full, k_free, v_full, v_free, steps, tokens,
-        score_scale, index, 2, ROWS, BLOCK_N, STAGES, False, SCALED, False, False,
+        score_scale, 0, index, 2, ROWS, BLOCK_N, STAGES, "running", SCALED, False,
     )  # fmt: skip
     return acc, gl.convert_layout(sums, rows), gl.convert_layout(top, rows)
 
@@ -80,6 +80,19 @@ def _lead(
 
 
 @gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row, q_column,
+    k_column, v_column, sequence, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(q_full, q_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [sequence, row, q_column], q_full, q_smem.index(0))
+    _feed(
+        k_desc, v_desc, k_smem, v_smem, k_full, k_free, v_full, v_free, gl.cdiv(tokens, BLOCK_N), 0, k_column, v_column,
+        sequence, BLOCK_N, STAGES,
+    )  # fmt: skip
+
+
+@gluon.jit
 def split_attention_kernel(
     q_desc, k_desc, v_desc, o_desc, tokens, q_column, k_column, v_column, out_scale, score_scale, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr,
@@ -123,7 +136,7 @@ def split_attention_kernel(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, k_full, k_free, v_full, v_free, tokens, row,
-                q_column + column, k_column + column, v_column + column, sequence, ROWS, BLOCK_N, STAGES, 1,
+                q_column + column, k_column + column, v_column + column, sequence, BLOCK_N, STAGES,
             )),
         ],
         [4, 1], [REGISTERS, 24],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ class AttentionTile:
 
 
 FUSED = LinearTile(128, 128, 128, 4, 3, programs=264)
-LONG, SHORT = AttentionTile(n=64, stages=4), AttentionTile()
-"""Tiles for thousands of keys with bounded 16-bit scores, and for all other attention."""
+HALF, WHOLE = AttentionTile(n=64, stages=6), AttentionTile()
+"""Tiles for 16-bit scores without a running maximum, whose queries then fit into registers, and for all others."""
 WAVE = 128
 """With fewer programs than this an H200 stays half empty: smaller tiles of the plain kernel are faster then."""
 ALONE = 132
@@ -106,19 +107,27 @@ def attention(
 
 def specialised_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, columns: tuple[int, int, int], heads: int, tile: AttentionTile,
-    bounded: bool, out_scale: float = 1.0, score_scale: float = 1.0, marks: Tensor | None = None,
+    form: str, out_scale: float = 1.0, score_scale: float = 1.0, marks: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `attention`, by `attention_gluon`; 16-bit operands, queries and keys E4M3 if they are.
+    """As `attention`, by `attention_gluon`, whose forms these are; 16-bit operands, queries and keys E4M3 if they are.
 
-    marks: filled with 1 for every row whose scores lie too far out for this form, and 0; see there.
+    marks: filled with 1 for every row whose scores lie too far out for `checked` or `anchored`, and 0.
     """
     sequences, tokens = q.shape[:2]
-    attention_gluon.specialised_attention_kernel[(triton.cdiv(tokens, tile.queries) * heads, sequences)](
+    each = tokens // tile.queries
+    whole, rest = each * heads * sequences, min(tokens % tile.queries, 1) * heads * sequences
+    programs = min(whole + rest, _multiprocessors(q.device))
+    attention_gluon.specialised_attention_kernel[(programs,)](
         _described(q, tile.rows), _described(k, tile.n), _described(v, tile.n), _described(out, tile.rows),
-        marks if marks is not None else out, tokens, *columns, out_scale, score_scale, ROWS=tile.rows, BLOCK_N=tile.n,
-        STAGES=tile.stages, REGISTERS=tile.registers, BOUNDED=bounded or marks is not None,
-        SCALED=score_scale != 1, CHECKED=marks is not None, HEADS=heads, num_warps=4, **EARLY,
+        marks if marks is not None else out, tokens, whole, whole // programs, each, rest, *columns, out_scale,
+        score_scale, ROWS=tile.rows, BLOCK_N=tile.n, STAGES=tile.stages, REGISTERS=tile.registers, FORM=form,
+        SCALED=score_scale != 1, HEADS=heads, num_warps=4, **EARLY,
     )  # fmt: skip
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def split_attention(
@@ -200,20 +209,22 @@ def attend(
 ) -> None:
     """The attention kernel and block shape that were fastest at this size (benchmarks/log.md).
 
-    BF16 scores without a bound are first taken as if there were one; rows that this form cannot hold are done again.
+    16-bit scores without a bound are first taken as the type most likely holds them; rows that it cannot hold are done
+    again.
     """
     sequences, tokens = q.shape[:2]
     low = q.dtype != v.dtype
-    tile = LONG if bounded and tokens > 4096 and not low else SHORT
-    programs = triton.cdiv(tokens, tile.queries) * heads * sequences
-    if programs >= 4 * WAVE and not bounded and q.dtype == torch.bfloat16:
+    programs = triton.cdiv(tokens, WHOLE.queries) * heads * sequences
+    if programs >= 4 * WAVE and not bounded and not low:
+        form = "checked" if q.dtype == torch.bfloat16 else "anchored"
         marks = torch.empty(sequences, heads, tokens, dtype=torch.uint8, device=q.device)
-        specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, False, out_scale, score_scale, marks)
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, HALF, form, out_scale, score_scale, marks)
         attention(
             q, k, v, out, (0, 0, 0), heads, bounded=False, out_scale=out_scale, score_scale=score_scale, marks=marks
         )
     elif programs >= WAVE or low:
-        specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, bounded, out_scale, score_scale)
+        tile, form = HALF if bounded and not low else WHOLE, "bounded" if bounded else "running"
+        specialised_attention(q, k, v, out, (0, 0, 0), heads, tile, form, out_scale, score_scale)
     elif not bounded and tokens > 128 and triton.cdiv(tokens, 64) * heads * sequences <= ALONE:
         split_attention(q, k, v, out, (0, 0, 0), heads, out_scale, score_scale)
     else:
