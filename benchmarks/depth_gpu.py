@@ -6,8 +6,8 @@
 
 Needs torch and transformers. Sessions, errors and timing as in `vggt_gpu`. Seeded weights, 518x518, raw samples in the
 JSON, which is written after every row. The peer is the plain network under FP16 (or BF16) autocast through
-torch.compile with CUDA graphs, in the same run. A batch is a network of that many images; the command line has no
-option for it.
+torch.compile with CUDA graphs, in the same run. A batch is a network of that many images (`depth.batch` on the command
+line).
 """
 
 from __future__ import annotations

@@ -121,9 +121,9 @@ def reference(network: Network, device: str) -> list[np.ndarray]:
         return [value.float().cpu().numpy() for value in module(*(v.to(device) for v in network.example(0).values()))]
 
 
-def timed(call: Callable[[], object], count: int, pause: float = 0) -> list[float]:
+def timed(call: Callable[[], object], count: int, pause: float = 0, warmup: int = WARMUP) -> list[float]:
     """Milliseconds of every call after warm-up, by CUDA events; `pause` seconds of idling before each."""
-    for _ in range(min(WARMUP, count)):
+    for _ in range(min(warmup, count)):
         call()
     samples = []
     for _ in range(count):

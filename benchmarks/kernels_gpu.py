@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from common import call_ms, host
 
 from recon.kernels import launch, reference
-from recon.kernels.launch import AttentionTile, LinearTile
+from recon.kernels.launch import LinearTile
 
 SCALE, LN2 = 1.4426950408889634 / 8, 0.6931471805599453
 """Queries of heads of 64 are stored times SCALE, so that exp2 makes the softmax; with LN2 the libraries agree."""
@@ -119,8 +119,8 @@ def label(tile: Any) -> str:
 class Attention:
     """Attention of a VGGT block, heads of 64: inputs as the kernels and as the library take them, and FP32's answer.
 
-    packed: [S,T,3072] BF16, query (scaled for exp2), key and value. parts: the same, [S,16,T,64] each. wanted: every
-    fifth head of the first sequence. result: [S,T,1024] BF16, which the kernels write.
+    packed: [S,T,3072] 16 bit, query (scaled for exp2), key and value. parts: the same, [S,16,T,64] each. wanted: every
+    fifth head of the first sequence. result: [S,T,1024], which the kernels write.
     """
 
     group: str
@@ -154,21 +154,23 @@ def attention(views: int, out: Path) -> None:
         ):  # fmt: skip
             kernel = partial(launch.attention, bounded=bounded, m=m, n=n, warps=warps, stages=stages)
             case.note(out, f"triton {'bounded' if bounded else 'running'} {m}/{n}/{warps}/{stages}", kernel)
-        specialised(case, out)
+        specialised(case, ("bounded", "checked", "running"), out)
+        low_scores(case, out)
+        specialised(attention_of(name, sequences, tokens, torch.float16), ("anchored", "running"), out)
 
 
-def attention_of(name: str, sequences: int, tokens: int) -> Attention:
+def attention_of(name: str, sequences: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Attention:
     """Random inputs, queries and keys normalised as the network's are."""
     group, flop = f"attention {name} {sequences}x{tokens}", 4.0 * sequences * 16 * tokens**2 * 64
     qkv = torch.randn(sequences, tokens, 3, 16, 64, device="cuda")
     q, k, v = F.layer_norm(qkv[:, :, 0], (64,)), F.layer_norm(qkv[:, :, 1], (64,)), qkv[:, :, 2]
-    packed = torch.stack([q * SCALE, k, v], 2).bfloat16().reshape(sequences, tokens, 3072)
+    packed = torch.stack([q * SCALE, k, v], 2).to(dtype).reshape(sequences, tokens, 3072)
     parts = tuple(part.reshape(sequences, tokens, 16, 64).transpose(1, 2) for part in packed.chunk(3, -1))
     wanted = torch.cat([
         F.scaled_dot_product_attention(*(part[:1, h].float() for part in parts), scale=LN2)[:, :, None]
         for h in range(0, 16, 5)
     ], 2)  # fmt: skip
-    result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    result = torch.empty(sequences, tokens, 1024, device="cuda", dtype=dtype)
     return Attention(group, flop, packed, parts, wanted, result)
 
 
@@ -185,15 +187,20 @@ def libraries(case: Attention, out: Path) -> None:
         note(out, case.group, backend.name.lower(), library, case.flop)
 
 
-def specialised(case: Attention, out: Path) -> None:
-    """Attention with specialised warps, and the same with scores from FP8 queries and keys."""
-    for tile in (AttentionTile(), AttentionTile(n=64, stages=4), AttentionTile(n=64, stages=6)):
-        for form in ("bounded", "running"):
-            kernel = partial(launch.specialised_attention, tile=tile, form=form)
-            case.note(out, f"gluon {form} {label(tile)}", kernel)
+def specialised(case: Attention, forms: tuple[str, ...], out: Path) -> None:
+    """Attention with specialised warps, without the second launch for rows that a form cannot hold."""
+    marks = torch.empty(len(case.packed), 16, case.packed.shape[1], dtype=torch.uint8, device="cuda")
+    for tile in (launch.WHOLE, launch.HALF):
+        for form in forms:
+            kernel = partial(launch.specialised_attention, tile=tile, form=form, marks=marks)
+            case.note(out, f"gluon {form} {case.packed.dtype} {label(tile)}", kernel)
+
+
+def low_scores(case: Attention, out: Path) -> None:
+    """The same with scores from FP8 queries and keys."""
     balance = torch.tensor([SCALE**-0.5, SCALE**0.5], device="cuda").repeat_interleave(1024)
     scores = reference.cast(case.packed[..., :2048] * balance, torch.float8_e4m3fn)
-    for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
+    for tile in (launch.WHOLE, launch.HALF):
         kernel = partial(launch.specialised_attention, tile=tile, form="bounded")
         case.note(out, f"gluon bounded e4m3 scores {label(tile)}", kernel, scores)
 
@@ -212,9 +219,11 @@ def streaming(views: int, out: Path) -> None:
             stages=stages,
         )  # fmt: skip
         note(out, group, f"triton running {m}/{n}/{warps}/{stages}", call, flop, error=lambda: rel(result, wanted))
-    for tile in (AttentionTile(), AttentionTile(n=64, stages=4)):
-        call = partial(launch.specialised_attention, packed, packed, packed, result, (0, 384, 768), 6, tile, "running")
-        note(out, group, f"gluon running {label(tile)}", call, flop, error=lambda: rel(result, wanted))
+    marks = torch.empty(views, 6, 1370, dtype=torch.uint8, device="cuda")
+    for tile, form in ((launch.WHOLE, "running"), (launch.HALF, "anchored")):
+        arguments = (packed, packed, packed, result, (0, 384, 768), 6, tile, form)
+        call = partial(launch.specialised_attention, *arguments, marks=marks)
+        note(out, group, f"gluon {form} {label(tile)}", call, flop, error=lambda: rel(result, wanted))
     call = partial(launch.split_attention, packed, packed, packed, result, (0, 384, 768), 6)
     note(out, group, "gluon split", call, flop, error=lambda: rel(result, wanted))
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from gpu import (
     SAMPLES,
+    WARMUP,
     Shared,
     clear,
     errors,
@@ -52,7 +53,7 @@ from recon.models.nets.config import PRESETS
 from recon.models.vggt import VGGT
 from recon.network import Network
 
-MANY = 64
+MANY = 64  # views of which a call takes seconds: fewer samples, and no reference
 TFLOP = {1: 3.35, 2: 7.07, 4: 15.6, 8: 37.18, 16: 98.1, 32: 291.0, 64: 963.0}
 ALLOWED = {1: 6.0, 8: 6.0, 64: 40.0}  # GiB
 TOKENS, PIXELS, CHUNK = 1374, 518 * 518, 8
@@ -110,7 +111,8 @@ def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: ar
         feeds = filled(running, network.example(0))
         clear()
         found = [value.float().cpu().numpy() for value in running.infer(feeds).values()]
-        samples = timed(lambda: running.infer(feeds), arguments.samples if views < MANY else 10)
+        count, warmup = (arguments.samples, WARMUP) if views < MANY else (10, 3)
+        samples = timed(lambda: running.infer(feeds), count, warmup=warmup)
         row = {"views": views, "mode": mode} | percentiles(samples) | facts
         row |= {"peak_gib": peak_gib(), "expected_gib": expected_gib(views, mode)}
         row["tflops"] = TFLOP.get(views, 0.0) / row["p50_ms"] * 1e3
@@ -122,9 +124,9 @@ def measure(network: Network, mode: str, wanted: list[np.ndarray], arguments: ar
             for target, output in zip(back, running.infer(host).values(), strict=True):
                 target.copy_(output, non_blocking=True)
 
-        spaced = timed(lambda: running.infer(feeds), arguments.samples if views <= 8 else 12, pause=0.1)
+        spaced = timed(lambda: running.infer(feeds), arguments.samples if views <= 8 else 12, 0.1, warmup)
         row |= {"spaced_ms": float(np.percentile(spaced, 50)), "spaced_samples_ms": spaced}
-        row["host_ms"] = float(np.percentile(timed(through_host, 10), 50))
+        row["host_ms"] = float(np.percentile(timed(through_host, 10, warmup=warmup), 50))
         if views in arguments.profile:
             row["profile"] = profile(lambda: running.infer(feeds))
     return row
