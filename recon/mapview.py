@@ -58,19 +58,20 @@ def mesh_image(mesh: Mesh, T_world_cam: Array, width: int, height: int) -> Image
     corners = np.ascontiguousarray(mesh.triangles, np.uint32)
     scene.add_triangles(o3d.core.Tensor(np.ascontiguousarray(mesh.vertices, np.float32)), o3d.core.Tensor(corners))
     size = (width * FINE, height * FINE)
-    K = intrinsics(*size)
-    u, v = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    directions = np.stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(u.shape)], axis=-1)
-    rays = np.empty((*u.shape, 6), np.float32)
-    rays[..., :3], rays[..., 3:] = T_world_cam[:3, 3], directions @ T_world_cam[:3, :3].T
+    K, R = intrinsics(*size), T_world_cam[:3, :3]
+    x, y = (np.arange(size[0]) - K[0, 2]) / K[0, 0], (np.arange(size[1]) - K[1, 2]) / K[1, 1]
+    rays = np.empty((size[1], size[0], 6), np.float32)
+    rays[..., :3] = T_world_cam[:3, 3]
+    for axis in range(3):
+        rays[..., 3 + axis] = R[axis, 0] * x + (R[axis, 1] * y + R[axis, 2])[:, None]
     answer = scene.cast_rays(o3d.core.Tensor(rays))
     triangle, uv = answer["primitive_ids"].numpy(), answer["primitive_uvs"].numpy()
     hit = np.isfinite(answer["t_hit"].numpy())
-    image = np.full((*u.shape, 3), GROUND, np.float32)
-    tint = mesh.colors.astype(np.float32)[corners[triangle[hit]]]  # [n,3 corners,3]
+    image = np.full((size[1], size[0], 3), GROUND, np.float32)
+    tint = mesh.colors[corners[triangle[hit]]]  # [n,3 corners,3]
     a, b = uv[hit].T
     image[hit] = (1 - a - b)[:, None] * tint[:, 0] + a[:, None] * tint[:, 1] + b[:, None] * tint[:, 2]
-    mean = image.reshape(height, FINE, width, FINE, 3).mean(axis=(1, 3))
+    mean = sum(image[i::FINE, j::FINE] for i in range(FINE) for j in range(FINE)) / FINE**2
     picture: Image = np.clip(np.rint(mean), 0, 255).astype(np.uint8)
     return picture
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXAMPLE_SEED = 0
+_INFOS: dict[tuple[object, ...], dict[str, LayerInfo]] = {}  # of networks that this process has looked into
 
 
 def layer_infos(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> dict[str, LayerInfo]:
@@ -60,6 +61,19 @@ def layer_infos(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) ->
             hook.remove()
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in linears.items() if path in rows}
     return {path: LayerInfo(path, inner, outer, rows[path] * inner * outer) for path, (inner, outer) in sizes.items()}
+
+
+def infos_of(network: Network, module: torch.nn.Module) -> dict[str, LayerInfo]:
+    """`layer_infos` of a network's module; a sweep asks for the same networks again and again."""
+    import torch
+
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
+    shapes = tuple((path, layer.in_features, layer.out_features) for path, layer in layers)
+    known = (network.name, network.weights_key, tuple(network.inputs.items()), type(module), shapes)
+    if known not in _INFOS:
+        example = network.example(EXAMPLE_SEED)
+        _INFOS[known] = layer_infos(module, {name: example[name] for name in network.inputs})
+    return dict(_INFOS[known])
 
 
 def keep_list(entries: list[str], weights: str = "") -> tuple[str, ...]:
@@ -170,8 +184,7 @@ def make_recipe(network: Network, mode: QuantMode, precision: Precision, ranges:
     import torch
 
     module = network.load().eval()
-    example = network.example(EXAMPLE_SEED)
-    infos = layer_infos(module, {name: example[name] for name in network.inputs})
+    infos = infos_of(network, module)
     formats = assign(infos, mode, precision, network.weights_key)
     _require_ranges(formats, ranges)
     layers = dict(module.named_modules())

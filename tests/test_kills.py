@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,15 +17,26 @@ NETWORKS = ["model=vggt-twin", "depth=da2-twin", "model.width=84", "model.height
 
 
 def killed(arguments: list[str], folder: Path, duration: float, times: int) -> None:
-    """Start the command so many times and kill each with SIGKILL, at moments spread over its duration."""
+    """Start the command and kill it with SIGKILL so many times, at moments spread over its duration.
+
+    A later start finds what earlier ones have finished and ends sooner: where it ends before its moment, nothing was
+    killed, and the moments from there on are spread over its duration.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "recon", *arguments]
-    for moment in np.sort(np.random.default_rng(7).uniform(0.25, 1.0, times)) * duration:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=folder, env=environment, **quiet)
-        time.sleep(float(moment))
-        process.kill()
-        process.wait()
+    for share in np.sort(np.random.default_rng(7).uniform(0.25, 1.0, times)):
+        while True:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            start = time.perf_counter()
+            process = subprocess.Popen(command, cwd=folder, env=environment, **quiet)
+            try:
+                code = process.wait(float(share) * duration)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                assert process.wait() == -signal.SIGKILL
+                break
+            assert code == 0
+            duration = 0.95 * (time.perf_counter() - start)
 
 
 def frames_without_times(run: Path) -> list[dict[str, object]]:

@@ -14,6 +14,10 @@ from torch import Tensor
 
 ELEMENTS_CPU, ELEMENTS_GPU = 1 << 17, 1 << 26
 """Rays times primitives held at once: on a CPU what stays in its cache, on a GPU what fills it (some GiB)."""
+BUNDLE = 2048
+"""Neighbouring rays of one origin that are tested together on a CPU, and only against what they may meet."""
+SLACK = 2e-3
+"""Radians by which a bundle's cone is widened: more than single precision takes away from its angle."""
 
 XYZ = tuple[Tensor, Tensor, Tensor]
 
@@ -34,6 +38,9 @@ def nearest(solids: Solids, origin: Tensor, direction: Tensor, t_min: float = 1e
     origin: [S,1,3] or [S,N,3]; direction: [S,N,3], any length. A ray that starts inside a solid meets its far side.
     Returns t [S,N], inf where nothing is met, and the primitive's index [S,N] int64 (meaningless where t is inf).
     """
+    if direction.device.type == "cpu" and len(direction) == 1 and origin.shape[1] == 1:
+        bundles = [_bundle(solids, origin, part, t_min) for part in torch.split(direction, BUNDLE, dim=1)]
+        return torch.cat([t for t, _ in bundles], dim=1), torch.cat([index for _, index in bundles], dim=1)
     budget = ELEMENTS_CPU if direction.device.type == "cpu" else ELEMENTS_GPU
     block = max(budget // (len(direction) * sum(solids.counts)), 64)
     count = direction.shape[1]
@@ -45,6 +52,37 @@ def nearest(solids: Solids, origin: Tensor, direction: Tensor, t_min: float = 1e
         for at in range(0, count, block)
     ]
     return torch.cat([t for t, _ in parts], dim=1), torch.cat([index for _, index in parts], dim=1)
+
+
+def _bundle(solids: Solids, origin: Tensor, direction: Tensor, t_min: float) -> tuple[Tensor, Tensor]:
+    """`_nearest` for rays of one scene from one point, without the primitives beside all of them: the same result."""
+    kept = _ahead(solids, origin[0, 0].double(), direction[0])
+    boxes, spheres, _ = solids.counts
+    bounds = torch.tensor([boxes, boxes + spheres, sum(solids.counts)])
+    first, second, third = torch.searchsorted(kept, bounds).tolist()
+    few = Solids(
+        (first, second - first, third - second), solids.centre[:, kept], solids.rotation[:, kept], solids.half[:, kept]
+    )
+    t, index = _nearest(few, origin, direction, t_min)
+    return t, kept[index]
+
+
+def _ahead(solids: Solids, origin: Tensor, direction: Tensor) -> Tensor:
+    """Ascending numbers of the primitives whose bounding sphere meets the cone around all rays [N,3]; one at least."""
+    rays = torch.nn.functional.normalize(direction, dim=-1)
+    axis = torch.nn.functional.normalize(rays.mean(dim=0), dim=0)
+    spread = torch.acos((rays @ axis).min().double().clamp(-1, 1)) + SLACK
+    boxes, spheres, _ = solids.counts
+    half = solids.half[0].double()
+    radius = half.norm(dim=-1)
+    radius[boxes : boxes + spheres] = half[boxes : boxes + spheres, 0]
+    away = solids.centre[0].double() - origin
+    distance = away.norm(dim=-1)
+    aside = torch.acos(((away @ axis.double()) / distance.clamp_min(1e-12)).clamp(-1, 1))
+    meets = aside <= spread + torch.asin((radius / distance.clamp_min(1e-12)).clamp(max=1))
+    meets |= distance <= radius * (1 + SLACK)
+    kept = (meets & (half > 0).all(dim=-1)).nonzero()[:, 0]
+    return kept if len(kept) else kept.new_zeros(1)
 
 
 def _nearest(solids: Solids, origin: Tensor, direction: Tensor, t_min: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from recon.scene.textures import Hits, albedo, hashed
 
 PIXELS_CPU, PIXELS_GPU = 1 << 14, 1 << 21
 """Pixels shaded at once, over all scenes: on a CPU what one task takes, on a GPU what fills it."""
+TILE = 32
+"""Side of the squares in whose order pixels are shaded: rays beside each other meet the same few primitives."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def render(
     """
     S, C = K.shape[:2]
     gain = torch.as_tensor(exposure, dtype=torch.float32, device=K.device).expand(S, C)
-    pixels = torch.arange(width * height, device=K.device)
+    pixels = _tiled(width, height).to(K.device)
     step = max((PIXELS_CPU if K.device.type == "cpu" else PIXELS_GPU) // S, 64)
     parts = torch.split(pixels, step)
     views = [
@@ -118,8 +120,9 @@ def render(
     ]
     tasks = [partial(_chunk, scenes, view, part, width, color) for view in views for part in parts]
     chunks = _run(tasks, K.device.type == "cpu")
+    back = torch.argsort(pixels)
     cameras = [
-        [torch.cat(pieces, dim=1) for pieces in zip(*chunks[at : at + len(parts)], strict=True)]
+        [torch.cat(pieces, dim=1)[:, back] for pieces in zip(*chunks[at : at + len(parts)], strict=True)]
         for at in range(0, len(chunks), len(parts))
     ]
     rgb, depth, normals, primitive, moving = (torch.stack(parts, dim=1) for parts in zip(*cameras, strict=True))
@@ -127,6 +130,15 @@ def render(
     return Frames(
         rgb.view(*shape, 3), depth.view(shape), normals.view(*shape, 3), primitive.view(shape), moving.view(shape)
     )
+
+
+def _tiled(width: int, height: int) -> Tensor:
+    """Numbers of all pixels, square by square, rows of squares from left to right and back."""
+    v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    across = -(-width // TILE)
+    row, column = v // TILE, u // TILE
+    tile = row * across + torch.where(row % 2 == 0, column, across - 1 - column)
+    return torch.argsort(tile.flatten(), stable=True)
 
 
 def _run(tasks: Sequence[Callable[[], tuple[Tensor, ...]]], cpu: bool) -> list[tuple[Tensor, ...]]:
