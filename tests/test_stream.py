@@ -5,6 +5,7 @@ import time
 from _thread import interrupt_main
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -89,4 +90,26 @@ def test_ctrl_c_while_reading_ends_waits_for_the_batch_in_hand() -> None:
             assert reader.get(wait=True) is not None
     finally:
         signal.signal(signal.SIGINT, before)
+    assert ended
+
+
+def test_ctrl_c_while_reading_begins_waits_for_the_batch_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread is there, but `__exit__` is not called where `__enter__` ends so."""
+    began, ended = Event(), []
+
+    def batches() -> Iterator[list[View]]:
+        began.set()
+        time.sleep(0.3)
+        ended.append(True)
+        yield []
+
+    def interrupted(thread: Thread) -> None:
+        start(thread)
+        assert began.wait(5)
+        raise KeyboardInterrupt
+
+    start = Thread.start
+    monkeypatch.setattr(Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), Reader(batches, 1):
+        pytest.fail("not entered")
     assert ended

@@ -59,7 +59,12 @@ class Reader:
         return None
 
     def __enter__(self) -> Reader:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except KeyboardInterrupt:  # while it is waited for: it runs, or will, and nobody calls `__exit__`
+            self._leave.set()
+            self._wait(PATIENCE_S)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -84,7 +89,8 @@ class Reader:
 
     def _run(self) -> None:
         try:
-            self._read()
+            if not self._leave.is_set():
+                self._read()
         finally:
             self._over.set()
 
