@@ -67,9 +67,8 @@ class DeviceStep(Step):
         self.movers = DeviceMovers(self.options.moving_frames, self.options.moving_tolerance)
 
     def rehearsal(self, scratch: Map) -> Self:
-        """With this step's own fits, which are recorded for the object that makes them and keep nothing of a frame."""
         found = super().rehearsal(scratch)
-        found.aligner = self.aligner
+        found.reference, found.aligner = self.reference, self.aligner  # which holds the fits' recordings
         return found
 
     def submit(self, batch: Batch) -> list[Run]:
@@ -201,7 +200,7 @@ class DeviceReference:
 
     def _refresh(self, names: list[str], cameras: Sequence[Camera], small: tuple[int, int]) -> None:
         """Render the bootstrap map into the cameras that stand elsewhere than at their last frame."""
-        keys = [K.tobytes() + pose.tobytes() for K, pose in cameras]
+        keys = [K.tobytes() + pose.tobytes() + repr(small).encode() for K, pose in cameras]
         fresh = [i for i, name in enumerate(names) if name not in self._last or self._last[name][0] != keys[i]]
         if fresh:
             found = list(self.anchor.render_all([cameras[i] for i in fresh], *small))

@@ -41,7 +41,7 @@ class Reference:
         """
         small = small_size(self.width, size)
         K_small = scale_intrinsics(K, size, small)
-        key = K_small.tobytes() + T_world_cam.tobytes()
+        key = K_small.tobytes() + T_world_cam.tobytes() + repr(small).encode()
         if camera not in self._last or self._last[camera][0] != key:
             self._last[camera] = key, self.anchor.render_depth(K_small, T_world_cam, *small)
         anchored = self._last[camera][1]

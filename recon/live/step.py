@@ -49,7 +49,10 @@ class Step(ABC):
         """Align and fuse a batch in camera order, once its depth is there."""
 
     def rehearsal(self, scratch: Map) -> Self:
-        """The same work on another map and on copies of the aligners, with open gates: every batch goes all the way."""
+        """The same work on another map and on copies of the aligners, with open gates: every batch goes all the way.
+
+        What depends on no frame is this step's own, to be found there by its first batch.
+        """
         options = replace(self.options, min_coverage=0.0, min_span=0.0, min_inlier=0.0, max_far=1.0)
         aligners = {camera: replace(aligner, options=options) for camera, aligner in self.aligners.items()}
         return replace(self, fused=scratch, options=options, aligners=aligners)
@@ -92,6 +95,11 @@ class HostStep(Step):
         o = self.options
         self.reference = Reference(self.anchor, self.fused, o.render_width)
         self.movers = {camera: MoverMask(o.moving_frames, o.moving_tolerance) for camera in self.aligners}
+
+    def rehearsal(self, scratch: Map) -> Self:
+        found = super().rehearsal(scratch)
+        found.reference = self.reference
+        return found
 
     def submit(self, batch: Batch) -> list[Future[PoolResult]]:
         return self.pool.submit_all(batch.views)
