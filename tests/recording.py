@@ -10,9 +10,9 @@ from recon.config import option
 from recon.sources.synthetic import Synthetic
 
 
-def write_recording(folder: Path) -> None:
+def write_recording(folder: Path, cameras: int = 3) -> None:
     """images/, depth/, intrinsics.npz and poses.npz of a small rendered scene, as a user's RGB-D recording has them."""
-    source = replace(option("source", "synthetic"), width=96, height=72, steps=2, moving=0, count=3)
+    source = replace(option("source", "synthetic"), width=96, height=72, steps=2, moving=0, count=cameras)
     assert isinstance(source, Synthetic)
     frames = [source.bootstrap(), *source.batches()]
     for step, views in enumerate(frames):

@@ -23,7 +23,8 @@ def test_every_pair_is_an_engine_with_its_figures_or_refused_with_its_reason(tmp
         "-m",
         "+sweep=all-quant-modes",
         "tracking=none",
-        "benchmark.iterations=20",
+        "benchmark.iterations=10",
+        "engine.threads=1",
         "hydra.sweep.dir=outputs/sweep",
     )
     printed = recon(*sweep, cwd=tmp_path, seconds=900).stdout
