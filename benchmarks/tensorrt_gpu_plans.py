@@ -17,7 +17,8 @@ import torch
 from common import largest_inputs
 
 from recon.artifact import content_key, manifest_path, obtain
-from recon.depth.nets.depth_anything import build, preprocess
+from recon.depth.nets.depth_anything import build
+from recon.depth.nets.images import preprocess
 from recon.engines import Build
 from recon.engines.tensorrt import TensorRT
 from recon.engines.trt import targets

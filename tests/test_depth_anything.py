@@ -12,7 +12,8 @@ from transformers import DepthAnythingForDepthEstimation, DPTImageProcessor
 from recon.config import option
 from recon.depth.depth_anything import DepthAnything, keep_aspect
 from recon.depth.metric_depth_anything import MetricDepthAnything
-from recon.depth.nets.depth_anything import ARCHITECTURES, _seeded, configuration, preprocess, restore
+from recon.depth.nets.depth_anything import ARCHITECTURES, _seeded, configuration
+from recon.depth.nets.images import preprocess, restore
 from recon.engines.torch import Torch
 from recon.errors import ReconError
 from recon.geometry.preprocess import example_images

@@ -345,8 +345,7 @@ def test_images_on_a_device_give_the_depth_of_images_on_the_host(batch: int) -> 
 
 @DEVICE
 def test_resize_on_a_device_is_within_a_grey_level_of_the_processors(device: str) -> None:
-    from recon.depth.nets.depth_anything import IMAGE_STD, preprocess
-    from recon.depth.nets.on_device import prepare, resized
+    from recon.depth.nets.images import IMAGE_STD, prepare, preprocess, resized
     from recon.geometry.preprocess import example_images
 
     images = torch.from_numpy(example_images(2, (160, 120), 0))

@@ -130,7 +130,7 @@ class DepthAnything(Depth):
         """`predict` for views of any sizes, in as few inferences as the engine's batch allows."""
         import torch
 
-        from recon.depth.nets.depth_anything import restore
+        from recon.depth.nets.images import restore
 
         assert session is not None, "Depth Anything has a network"
         batch, _, height, width = session.inputs["pixel_values"].shape
@@ -144,8 +144,7 @@ class DepthAnything(Depth):
         """`predict` where the images are, in as few inferences as the engine's batch allows."""
         import torch
 
-        from recon.depth.nets.depth_anything import restore
-        from recon.depth.nets.on_device import prepare
+        from recon.depth.nets.images import prepare, restore
 
         assert session is not None, "Depth Anything has a network"
         batch, _, height, width = session.inputs["pixel_values"].shape
@@ -209,7 +208,7 @@ def _load(weights: Weights, architecture: str, size: tuple[int, int], metric: bo
 def _feeds(views: list[View], size: tuple[int, int]) -> dict[str, torch.Tensor]:
     import torch
 
-    from recon.depth.nets.depth_anything import preprocess
+    from recon.depth.nets.images import preprocess
 
     images = [torch.from_numpy(np.ascontiguousarray(view.image)).permute(2, 0, 1)[None] for view in views]
     return {"pixel_values": torch.cat([preprocess(image, size) for image in images])}
@@ -218,7 +217,7 @@ def _feeds(views: list[View], size: tuple[int, int]) -> dict[str, torch.Tensor]:
 def _example(batch: int, size: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
     import torch
 
-    from recon.depth.nets.depth_anything import preprocess
+    from recon.depth.nets.images import preprocess
 
     image = torch.from_numpy(example_images(batch, (size[1], size[0]), seed)).permute(0, 3, 1, 2)
     return {"pixel_values": preprocess(image, size).contiguous()}

@@ -1,4 +1,4 @@
-"""Depth Anything V2 (Yang et al., NeurIPS 2024) from `transformers`, made static, with its image processing."""
+"""Depth Anything V2 (Yang et al., NeurIPS 2024) from `transformers`, made static. Its image processing: `images`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 from transformers.utils import logging as transformers_logging
@@ -19,8 +18,6 @@ from recon.weights import seeded_state
 if TYPE_CHECKING:
     from recon.depth.nets.fast import FastDisparity
     from recon.formats import Recipe
-
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "small": {"width": 384, "layers": 12, "heads": 6, "taps": [3, 6, 9, 12], "neck": [48, 96, 192, 384], "fusion": 64},
@@ -109,27 +106,6 @@ def build(
     """
     model = _from_folder(folder, metric) if folder is not None else _seeded(architecture, seed or 0, metric)
     return DisparityNet(model.requires_grad_(False).eval(), *size).eval()
-
-
-def preprocess(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N,3,h,w] uint8 RGB -> [N,3,H,W] FP32, normalised: the network's own image processing at a stated `size` (H, W).
-
-    Bicubic with antialiasing to whole grey values, then ImageNet's mean and standard deviation. The resize is torch's
-    uint8 kernel, which is what the processor runs on its torchvision backend (equal to the last bit); its Pillow
-    backend differs by one or two grey levels in less than one value of a hundred. On the CPU only.
-    """
-    resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD))
-    return (resized.float() - mean) / std
-
-
-def restore(disparity: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N,H,W] -> [N,*size] FP32 at the image's own size (height, width).
-
-    Bicubic, align_corners=False, as `DPTImageProcessor.post_process_depth_estimation`; at strong edges it may overshoot
-    the range of the prediction, below 0 included.
-    """
-    return F.interpolate(disparity.float()[:, None], size, mode="bicubic", align_corners=False)[:, 0]
 
 
 def configuration(architecture: str, metric: bool = False) -> DepthAnythingConfig:
