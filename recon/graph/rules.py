@@ -19,6 +19,7 @@ FP16_MAX, FP16_TINY = 65504.0, 2.0**-14  # largest finite and smallest normal nu
 LIMIT = FP16_MAX / 4  # frames that calibration did not see may be four times as bright, so to say
 LOGITS = 256.0  # above it neighbouring FP16 numbers differ by 0.25, and their exponentials by a quarter
 CONSTANT_ERROR = 1e-3  # relative L2; rounding alone gives 2e-4
+PIECE = 1 << 22  # elements of a constant that are looked at together
 
 DELICATE = frozenset(
     """LayerNormalization InstanceNormalization GroupNormalization RMSNormalization LpNormalization BatchNormalization
@@ -183,17 +184,16 @@ class Rules:
     def _constant_misfit(tensor: TensorProto) -> str:
         if tensor.data_location == TensorProto.EXTERNAL or 0 in tensor.dims:
             return ""
-        values = constant_values(tensor)
-        finite = values[values.isfinite()]
-        if not finite.numel():
-            return ""
-        rounded = finite.to(torch.float16)
-        if not bool(rounded.isfinite().all()):
-            return "a constant overflows"
-        size = float(finite.norm())
-        if size and float((rounded.float() - finite).norm()) / size > CONSTANT_ERROR:
-            return "a constant underflows"
-        return ""
+        size = error = 0.0  # squares of norms, summed over pieces: copies of a large matrix cost more than the sums
+        for values in torch.split(constant_values(tensor).reshape(-1), PIECE):
+            known = values.isfinite()
+            finite = values if bool(known.all()) else values[known]
+            rounded = finite.to(torch.float16)
+            if not bool(rounded.isfinite().all()):
+                return "a constant overflows"
+            size += float(finite.norm()) ** 2
+            error += float((rounded.float() - finite).norm()) ** 2
+        return "a constant underflows" if error > CONSTANT_ERROR**2 * size else ""
 
     def _add_tail(self, found: dict[int, str]) -> None:
         """Backwards from the outputs, through what has no other use, up to the last product."""

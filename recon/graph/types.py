@@ -64,8 +64,8 @@ def converted_tensor(tensor: TensorProto, rest: RestFormat) -> TensorProto:
 
 def constant_values(tensor: TensorProto) -> torch.Tensor:
     """An FP32 constant as a torch tensor."""
-    if tensor.raw_data:
-        found = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.float32)
+    if raw := tensor.raw_data:  # every look at it makes a copy
+        found = torch.frombuffer(bytearray(raw), dtype=torch.float32)
     else:
         found = torch.tensor(list(tensor.float_data), dtype=torch.float32)
     return found.reshape(list(tensor.dims))
