@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +275,12 @@ def test_every_architecture_is_known() -> None:
     from recon.depth.depth_anything import PARAMETERS, WIDTHS
 
     assert ARCHITECTURES.keys() == PARAMETERS.keys() == WIDTHS.keys()
+
+
+def test_images_are_processed_without_the_library_that_builds_networks() -> None:
+    """Importing it takes two seconds, which a run with cached engines would wait for before its first frame."""
+    script = (
+        "import sys; from recon.depth.depth_anything import _example; "
+        "assert _example(1, (28, 42), 0)['pixel_values'].shape == (1, 3, 28, 42); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
