@@ -19,7 +19,7 @@ from recon.network import Network, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks that were asked for them in this process
+_SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks, where they were asked for
 
 
 class TorchSession(Session):
