@@ -1,5 +1,6 @@
 """Every YAML is a test: all options, sweeps and documented commands compose and become objects."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def hydra_dir():
         yield
 
 
+@cache
 def composed(*overrides: str, check_it: bool = False) -> Config:
+    """To be read only: what was composed once is given again."""
     from omegaconf import OmegaConf
 
     config = compose("config", overrides=list(overrides), return_hydra_config=True)
