@@ -20,6 +20,7 @@ from recon.errors import ReconError
 from recon.sources import capture
 from recon.sources.capture import Device, LiveRig, Shot
 from recon.sources.webcams import Webcams
+from recon.threads import Worker
 
 
 def cameras(*devices: str, **knobs: Any) -> Webcams:
@@ -219,7 +220,7 @@ def test_cameras_that_hang_are_waited_for_together(files: list[str], monkeypatch
     opened = LiveRig([Device(f"cam{n}", files[0]) for n in range(8)], 0.05, stall_s=1.0, retry_s=0.1)
     hang = threading.Event()
     for camera in opened.captures.values():
-        camera._thread = threading.Thread(target=hang.wait, daemon=True)
+        camera._thread = Worker("hangs", hang.wait)
         camera._thread.start()
     began = time.monotonic()
     opened.close()

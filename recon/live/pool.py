@@ -31,6 +31,7 @@ import numpy as np
 
 from recon.errors import ReconError
 from recon.geometry.views import DepthImage, Image, View
+from recon.threads import Worker, start_all, wait_for
 
 if TYPE_CHECKING:
     import torch
@@ -115,11 +116,9 @@ class DepthAnythingPool:
         self._lock = threading.Lock()
         self.frames = self.failures = self.retried = self.most_waiting = 0
         self._threads = [
-            threading.Thread(target=self._work, args=(index, session), name=f"depth-{index}", daemon=True)
-            for index, session in enumerate(self._sessions)
+            Worker(f"depth-{index}", self._work, index, session) for index, session in enumerate(self._sessions)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, partial(self._jobs.put, None))
 
     def submit(self, view: View | Image) -> Future[PoolResult]:
         """Hand over one frame ([H,W,3] uint8 RGB, or a view); waits while the queue is full. The future never raises.
@@ -207,8 +206,7 @@ class DepthAnythingPool:
         self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        wait_for(self._threads)
         for session in self._sessions:
             if session is not None:
                 session.close()

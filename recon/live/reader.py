@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from recon.geometry.views import View
-
-PATIENCE_S = 10.0
+from recon.threads import Worker, start_all, wait_for
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Reader:
     def __init__(self, batches: Callable[[], Iterator[list[View]]], ahead: int) -> None:
         self._batches = batches
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
-        self._leave, self._over = threading.Event(), threading.Event()
+        self._leave = threading.Event()
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._thread = Worker("reader", self._run)
 
     def get(self, *, wait: bool) -> Batch | None:
         """The next batch; None at the end, or where `wait` is off and none is there yet.
@@ -59,42 +58,21 @@ class Reader:
         return None
 
     def __enter__(self) -> Reader:
-        try:
-            self._thread.start()
-        except KeyboardInterrupt:  # while it is waited for: it runs, or will, and nobody calls `__exit__`
-            self._leave.set()
-            self._wait(PATIENCE_S)
-            raise
+        start_all([self._thread], self._leave.set, self._drop)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        """Ends the thread, so that the source has closed its files when this returns.
-
-        Ctrl-C in here breaks off no sooner than the batch in hand is read, or PATIENCE_S later: a thread that is in
-        native code when the interpreter ends aborts the process.
-        """
+        """Ends the thread, so that the source has closed its files when this returns."""
         self._leave.set()
-        try:
-            self._wait(float("inf"))
-        except KeyboardInterrupt:
-            self._wait(PATIENCE_S)
-            raise
+        wait_for([self._thread], meanwhile=self._drop)
 
-    def _wait(self, limit_s: float) -> None:
-        """By an event: Python before 3.13 takes a thread for ended when Ctrl-C interrupts `join`."""
-        end = time.monotonic() + limit_s
-        while not self._over.wait(0.01) and time.monotonic() < end:
-            with suppress(queue.Empty):
-                self._queue.get_nowait()
+    def _drop(self) -> None:
+        with suppress(queue.Empty):
+            self._queue.get_nowait()
 
     def _run(self) -> None:
-        try:
-            if not self._leave.is_set():
-                self._read()
-        finally:
-            self._over.set()
-
-    def _read(self) -> None:
+        if self._leave.is_set():
+            return
         end: BaseException | None = None
         step, start, source = 0, time.perf_counter(), self._batches()
         try:

@@ -16,6 +16,7 @@ import numpy as np
 from recon.errors import ReconError
 from recon.geometry.views import Image
 from recon.sources.state import CameraState, Watch
+from recon.threads import Worker, start_all, wait_for
 
 if TYPE_CHECKING:
     import cv2
@@ -103,7 +104,7 @@ class Capture:
         self._watch = Watch()
         self._number = 0
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Worker | None = None
 
     def first(self) -> None:
         """Read one frame and check its size against what was asked for."""
@@ -139,8 +140,8 @@ class Capture:
 
     def start(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._thread = threading.Thread(target=self._run, name=f"capture-{self.device.name}", daemon=True)
-        self._thread.start()
+        self._thread = Worker(f"capture-{self.device.name}", self._run)
+        start_all([self._thread], self.stop)
 
     def stop(self) -> None:
         """Ask the thread to end; without waiting."""
@@ -150,7 +151,7 @@ class Capture:
         """End the thread; one that hangs in a driver or on the network is left behind, it is a daemon."""
         self.stop()
         if self._thread is not None:
-            self._thread.join(wait_s)
+            wait_for([self._thread], wait_s)
         elif self._capture is not None:
             self._capture.release()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from recon.geometry.views import View
+from recon.threads import Worker, start_all, wait_for
 
 Item = tuple[int, View | str]
 """Frame number, and the view or the reason why there is none."""
@@ -23,22 +24,17 @@ class Decoders:
     def __init__(self, streams: dict[str, Callable[[], Iterator[Item]]], ahead: int) -> None:
         self._stop = threading.Event()
         self._queues: dict[str, queue.Queue[Item | BaseException | None]] = {c: queue.Queue(ahead) for c in streams}
-        self._threads = [
-            threading.Thread(target=self._run, args=(camera, make), name=f"decode-{camera}", daemon=True)
-            for camera, make in streams.items()
-        ]
+        self._threads = [Worker(f"decode-{camera}", self._run, camera, make) for camera, make in streams.items()]
 
     def __enter__(self) -> Decoders:
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self._stop.set)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        wait_for(self._threads)
 
     def take(self, camera: str, number: int) -> View | str:
         """The item with this number. Numbers of a camera must be asked for in the order of its generator.
