@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ from recon.network import Network, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks, where they were asked for
+_SPECS: dict[tuple[object, ...], dict[str, TensorSpec]] = {}  # outputs of networks that were opened in this process
 
 
 class TorchSession(Session):
@@ -35,18 +34,10 @@ class TorchSession(Session):
         tensors = [*module.parameters(), *module.buffers()]
         self._weights_mib = sum(t.numel() * t.element_size() for t in tensors) / MIB
         self._first_run_mib: float | None = None
-        self._network = network
-
-    @cached_property
-    def outputs(self) -> dict[str, TensorSpec]:  # type: ignore[override]
-        """Found when first asked for, which takes as long as several inferences; most sessions are never asked."""
-        if self._module is None:
-            raise self.closed_error()
-        network = self._network
-        known = (network.name, network.weights_key, network.outputs, self.device, type(self._module))
-        if known not in _SPECS:
+        known = (network.name, network.weights_key, network.outputs, device, type(module))
+        if known not in _SPECS:  # takes as long as several inferences
             _SPECS[known] = self._output_specs(network)
-        return dict(_SPECS[known])
+        self.outputs = dict(_SPECS[known])
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
