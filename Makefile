@@ -5,9 +5,12 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 # What comes along; viewer (rerun, 0.5 GB) is left out.
 EXTRAS ?= cpu,mlflow,sweep,quant,trt,dev
-# Test processes; a file's tests stay in one, which keeps what they share.
+# Test processes; a file's tests stay in one, which keeps what they share, and files keep the order of tests/conftest.py.
+# pytest's other plugins, which come with packages that no test asks for, would be imported and rewritten in each.
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15
+PYTEST = PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(BIN)/python -m pytest -p xdist -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
+# Where it is set, every command that a test starts compiles all of recon's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint slow matrix clean
 
@@ -23,9 +26,8 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# In the order of the files' names: sorted by their count of tests, as by default, the longest tests would come last.
 slow: .venv/ready
-	$(PYTEST) --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 matrix: .venv/ready
 	$(PYTEST) -m matrix

@@ -1,4 +1,7 @@
-"""Paths of external data. Tests that need it skip, with the reason, where the variable is not set."""
+"""Paths of external data, and how test processes share a machine.
+
+Tests that need external data skip, with the reason, where its variable is not set.
+"""
 
 import os
 from pathlib import Path
@@ -10,6 +13,17 @@ if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Test processes share the cores. With threads on every core in each of them, threads that wait for one another
     # take the cores from those that they wait for: up to three times the CPU time. Commands that tests start inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+LONGEST_FIRST = (
+    "kills", "readme", "tensorrt_matrix", "docs", "matrix", "cli", "faults", "movers_office4", "typed", "pipeline",
+    "inductor", "bad_input", "vggt", "live", "tensorrt_plans", "export", "twins", "engines", "conf", "webcams",
+)  # fmt: skip
+"""Files whose tests take longest. Of two processes that share the files, none is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def _folder(variable: str) -> Path:
