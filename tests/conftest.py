@@ -11,8 +11,9 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as recon.app does, before any test imports torch
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Test processes share the cores. With threads on every core in each of them, threads that wait for one another
-    # take the cores from those that they wait for: up to three times the CPU time. Commands that tests start inherit it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # take the cores from those that they wait for: up to five times the CPU time. Commands that tests start inherit it.
+    for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // processes)))
 
 LONGEST_FIRST = (
     "kills", "readme", "tensorrt_matrix", "docs", "matrix", "cli", "faults", "movers_office4", "typed", "pipeline",
