@@ -147,7 +147,7 @@ def judge_da(
     network: Network, seeds: Iterable[int], device: torch.device
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """As `evaluate_da`, for anything that maps preprocessed images [V,3,H,W] to (disparity [V,H,W],)."""
-    from recon.depth.nets.depth_anything import preprocess
+    from recon.depth.nets.images import preprocess
 
     rows = []
     for sample in samples(seeds, device):
