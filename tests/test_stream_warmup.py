@@ -177,8 +177,9 @@ def test_a_network_that_takes_several_images_is_warmed_with_as_many(device: str)
 
 
 @pytest.mark.parametrize("device", DEVICES[:2])
-def test_gates_and_faults_do_not_keep_a_part_of_the_work_cold(device: str) -> None:
-    """No frame of this stream is accepted; the warm start fuses all the same. One camera's depth fails in it."""
+def test_gates_and_faults_do_not_keep_a_part_of_the_work_cold(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No frame of this stream is accepted; the warm start fuses all the same. One camera's depth fails in it, which is
+    not counted, but said."""
 
     class Fails(Recorded):
         def predict(self, view: View, session: object) -> DepthImage:
@@ -191,6 +192,9 @@ def test_gates_and_faults_do_not_keep_a_part_of_the_work_cold(device: str) -> No
     made: list[Map] = []
     warm_up(found, lambda: made.append(empty(Tsdf, device)) or made[-1])
     assert len(made[0].points().points) > 1000
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "recon.live.warmup"]
+    assert "not all is ready" in line
+    assert "out of memory" in line
     assert found.pool.failures == found.pool.frames == found.pool.most_waiting == 0
     assert not any(frame.align.accepted for frame in streamed(found))
 

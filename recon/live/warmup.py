@@ -36,7 +36,9 @@ def warm_up(streamer: Streamer, scratch: Callable[[], Map]) -> float:
         with streamer.pool.uncounted():
             for number in range(1, ROUNDS + 1):
                 batch = Batch(number, views, 0.0, time.perf_counter())
-                step.finish(batch, step.submit(batch))
+                found = [result.align for result in step.finish(batch, step.submit(batch))]
+        if lost := sorted({fit.reason for fit in found if not fit.accepted}):
+            log.warning("not all is ready for the first frame, which may be late: %s", "; ".join(lost))
     seconds = time.perf_counter() - start
     if seconds > 1:
         log.info("ready for the first frame after %.1f s", seconds)
