@@ -2,8 +2,9 @@
 
 Products and attention are operators of torch (`recon::...`), so that `record.Recorder` sees them and their operands.
 
-Nothing switches silently: which kernel a CUDA tensor takes depends on its shape alone, and shapes that no kernel takes
-raise. Import of this module needs torch alone; Triton is imported at the first call on CUDA.
+Nothing switches silently: which kernel a CUDA tensor takes depends on its shape and type alone, and shapes that no
+kernel takes raise. Where attention's first kernel cannot hold a row's scores, a second one does that row again.
+Import of this module needs torch alone; Triton is imported at the first call on CUDA.
 """
 
 from __future__ import annotations
