@@ -82,8 +82,6 @@ class SurfelMap(Map):
             name: np.zeros((_START, *shape), dtype) for name, (shape, dtype) in COLUMNS.items()
         }
         self._unit = options.unit_depth
-        self._tick = 0
-        self._seeds, self._stamps = np.zeros(1 << 14, np.int64), np.zeros(1 << 14, np.int32)
 
     def integrate(self, view: PosedDepth, frame: int) -> None:
         from recon.fusion.kernels import depth as prepared
@@ -93,19 +91,13 @@ class SurfelMap(Map):
         if count == 0:
             return
         self._unit = self._unit or float(np.median(depth[depth > 0])) / 2
-        camera, image, rules = prepared.pinhole(view.K), np.ascontiguousarray(view.image), self._rules(depth.shape[1])
+        camera, rules = prepared.pinhole(view.K), self._rules(depth.shape[1])
+        image = np.array(view.image, order="C")  # a copy reads it in order: so it is cached for reads in surfels' order
         covered, (R, t) = np.zeros(depth.shape, np.uint8), prepared.rigid(invert(view.T_world_cam))
-        if surfels.gather(self.size, self._rows(), depth, image, camera, R, t, rules, frame, covered):
-            self.size = surfels.keep_living(self.size, self._rows())
-        (R, t), size = prepared.rigid(view.T_world_cam), -1
-        while size < 0:
-            self._tick += 1
-            size = surfels.spawn(
-                self.size, self._rows(), depth, image, camera, R, t, rules, frame, covered,
-                self._seeds, self._stamps, self._tick,
-            )  # fmt: skip
-            if size < 0:
-                self._double()
+        self.size = surfels.gather(self.size, self._rows(), depth, image, camera, R, t, rules, frame, covered)
+        (R, t), pixels = prepared.rigid(view.T_world_cam), np.flatnonzero((depth > 0) > covered)
+        while (size := surfels.spawn(self.size, self._rows(), depth, image, camera, R, t, rules, frame, pixels)) < 0:
+            self._double()
         self.size = size
 
     def render_depth(self, K: Array, T_world_cam: Array, width: int, height: int) -> DepthImage:
@@ -131,8 +123,8 @@ class SurfelMap(Map):
         return None
 
     def stats(self) -> dict[str, float]:
-        """`surfels`, `surfels_capacity`, `memory_mib` (columns at capacity and the scratch set), `voxel`."""
-        used = sum(column.nbytes for column in self.columns.values()) + self._seeds.nbytes + self._stamps.nbytes
+        """`surfels`, `surfels_capacity`, `memory_mib` (columns at capacity), `voxel`."""
+        used = sum(column.nbytes for column in self.columns.values())
         return {
             "surfels": float(self.size),
             "surfels_capacity": float(len(self.columns["weight"])),
@@ -156,13 +148,11 @@ class SurfelMap(Map):
         )  # fmt: skip
 
     def _double(self) -> None:
-        """Twice the rows, and scratch for as many new ones."""
+        """Twice the rows."""
         for name, column in self.columns.items():
             grown = np.zeros((2 * len(column), *column.shape[1:]), column.dtype)
             grown[: self.size] = column[: self.size]
             self.columns[name] = grown
-        length = 2 * len(self._seeds)
-        self._seeds, self._stamps = np.zeros(length, np.int64), np.zeros(length, np.int32)
 
 
 def base(width: int) -> int:

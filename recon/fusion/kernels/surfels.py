@@ -19,10 +19,12 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
+Pair = tuple[float, float]
 Triple = tuple[float, float, float]
 
 DRAWN = 0.67  # share of its side at which a surfel is drawn: whole squares hang over silhouettes
 FACING = 0.5  # cosine of 60 degrees: normals further apart are different surfaces
+CHUNK = 1024  # surfels that one loop after the other works on: they stay in the cache
 
 
 class Rows(NamedTuple):
@@ -36,6 +38,17 @@ class Rows(NamedTuple):
     first: Int32
     last: Int32
     violations: UInt8
+
+
+class Merged(NamedTuple):
+    """Surfels that a frame was merged into: their rows and pixels, and the depth, gate and share they had there."""
+
+    row: Int64
+    u: Int64
+    v: Int64
+    z: Float
+    gate: Float
+    part: Float
 
 
 class Rules(NamedTuple):
@@ -58,14 +71,34 @@ def gather(
     n: int, rows: Rows, depth: DepthImage, image: Image, camera: Float, R: Float, t: Float, rules: Rules, frame: int,
     covered: UInt8,
 ) -> int:  # fmt: skip
-    """Merge a frame into the surfels it sees; returns how many have died (weight 0). `covered` is set where a surfel
-    explains the pixel."""
-    position, normal, color, radius, weight, _, last, violations = rows
-    dead = 0
-    for i in range(n):
+    """Merge a frame into the surfels it sees and move those that live on to the front, in order; returns their number.
+    `covered` is set where a surfel explains the pixel."""
+    row, u, v = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
+    merged = Merged(row, u, v, np.empty(CHUNK), np.empty(CHUNK), np.empty(CHUNK))
+    living = 0
+    for start in range(0, n, CHUNK):
+        end = min(start + CHUNK, n)
+        count = _merge(start, end, rows, depth, camera, R, t, rules, frame, merged)
+        # loops of their own: with short ones the processor has more reads from memory under way at once
+        _blend(count, merged, rows.color, image)
+        _cover(count, merged, rows.radius, camera[0], depth, covered)
+        living = _keep_living(start, end, living, rows)
+    return living
+
+
+@jit
+def _merge(
+    start: int, end: int, rows: Rows, depth: DepthImage, camera: Float, R: Float, t: Float, rules: Rules, frame: int,
+    merged: Merged,
+) -> int:  # fmt: skip
+    """Merge a frame, all but its colours, into those of rows start..end-1 that it sees; returns how many, listed in
+    `merged`. Those that have died get weight 0."""
+    position, normal, weight, last, violations = rows.position, rows.normal, rows.weight, rows.last, rows.violations
+    row, us, vs, zs, gates, parts = merged
+    count = 0
+    for i in range(start, end):
         if weight[i] < rules.stale_weight and frame - last[i] > rules.stale_frames:
             weight[i] = 0.0
-            dead += 1
             continue
         x, y, z = _moved(R, t, position, i)
         u, v = _pixel(camera, x, y, z, depth.shape)
@@ -77,7 +110,6 @@ def gather(
             violations[i] += 1
             if violations[i] >= rules.patience:
                 weight[i] = 0.0
-                dead += 1
             continue
         violations[i] = 0
         measured = normal_at(depth, u, v, rules.base, camera, rules.floor, rules.share)
@@ -88,67 +120,82 @@ def gather(
         part = w / (weight[i] + w)
         dx, dy, dz = seen * (u - camera[2]) / camera[0] - x, seen * (v - camera[3]) / camera[1] - y, seen - z
         _average(i, position, normal, R, part, held, measured, held[0] * dx + held[1] * dy + held[2] * dz)
-        for a in range(3):
-            color[i, a] += part * (image[v, u, a] - color[i, a])
         weight[i], last[i] = min(weight[i] + w, rules.cap), frame
-        _cover(covered, depth, u, v, int(radius[i] * camera[0] / z), z, gate)
-    return dead
+        row[count], us[count], vs[count], zs[count], gates[count], parts[count] = i, u, v, z, gate, part
+        count += 1
+    return count
+
+
+@jit
+def _blend(count: int, merged: Merged, color: Float32, image: Image) -> None:
+    for k in range(count):
+        i, u, v = merged.row[k], merged.u[k], merged.v[k]
+        for a in range(3):
+            color[i, a] += merged.part[k] * (image[v, u, a] - color[i, a])
+
+
+@jit
+def _cover(count: int, merged: Merged, radius: Float32, focal: float, depth: DepthImage, covered: UInt8) -> None:
+    """Mark the pixels of merged surfels' squares that are within the gate of their depth."""
+    for k in range(count):
+        u, v, z, gate = merged.u[k], merged.v[k], merged.z[k], merged.gate[k]
+        half = int(radius[merged.row[k]] * focal / z)
+        for vv in range(max(v - half, 0), min(v + half + 1, depth.shape[0])):
+            for uu in range(max(u - half, 0), min(u + half + 1, depth.shape[1])):
+                covered[vv, uu] |= abs(depth[vv, uu] - z) <= gate
+
+
+@jit
+def _keep_living(start: int, end: int, living: int, rows: Rows) -> int:
+    """Move the living of rows start..end-1 to row `living` and on, in order; returns where they end."""
+    position, normal, color, radius, weight, first, last, violations = rows
+    if living == start and weight[start:end].min() > 0:
+        return end
+    for i in range(start, end):
+        if weight[i] > 0:
+            for a in range(3):
+                position[living, a], normal[living, a], color[living, a] = position[i, a], normal[i, a], color[i, a]
+            radius[living], weight[living], first[living] = radius[i], weight[i], first[i]
+            last[living], violations[living] = last[i], violations[i]
+            living += 1
+    return living
 
 
 @jit
 def spawn(
     n: int, rows: Rows, depth: DepthImage, image: Image, camera: Float, R: Float, t: Float, rules: Rules, frame: int,
-    covered: UInt8, seeds: Int64, stamps: Int32, tick: int,
+    pixels: Int64,
 ) -> int:  # fmt: skip
-    """New surfels for uncovered pixels, one per cube of side `spacing`, in scan order from row n; returns their end.
-
-    seeds, stamps: hash set of cubes, valid where stamps equals tick. Returns -1 when the arrays or
-    the set are too small: grow both and repeat.
-    """
+    """New surfels for the pixels of these row-major indices, one per cube of side `spacing`, the first that has a
+    normal; from row n, returns their end. Returns -1 when there are too few rows: add some and repeat."""
     position, normal, color, radius, weight, first, last, violations = rows
-    start = n
-    for v in range(depth.shape[0]):
-        for u in range(depth.shape[1]):
-            z = depth[v, u]
-            if z <= 0 or covered[v, u]:
-                continue
-            x, y, ahead = _turned(R, z * (u - camera[2]) / camera[0], z * (v - camera[3]) / camera[1], z)
-            x, y, ahead = x + t[0], y + t[1], ahead + t[2]
-            key = _cube(x / rules.spacing, y / rules.spacing, ahead / rules.spacing)
-            slot = _slot(key, seeds, stamps, tick)
-            if stamps[slot] == tick:
-                continue
-            measured = normal_at(depth, u, v, rules.base, camera, rules.floor, rules.share)
-            if measured[0] == 0 and measured[1] == 0 and measured[2] == 0:
-                continue  # another pixel of the cube may do
-            if n >= len(position) or 2 * (n - start + 1) > len(seeds):
-                return -1
-            seeds[slot], stamps[slot] = key, tick
-            position[n, 0], position[n, 1], position[n, 2] = x, y, ahead
-            turned = _turned(R, measured[0], measured[1], measured[2])
-            for a in range(3):
-                normal[n, a], color[n, a] = turned[a], image[v, u, a]
-            radius[n] = rules.radius * max(rules.spacing, z / camera[0])
-            weight[n] = min((rules.unit / z) ** 2, rules.cap)
-            first[n], last[n], violations[n] = frame, frame, 0
-            n += 1
+    cubes = _no_cubes(len(pixels))
+    cube, slot = -1, 0
+    for pixel in pixels:
+        v, u = pixel // depth.shape[1], pixel % depth.shape[1]
+        z = depth[v, u]
+        x, y, ahead = _turned(R, z * (u - camera[2]) / camera[0], z * (v - camera[3]) / camera[1], z)
+        x, y, ahead = x + t[0], y + t[1], ahead + t[2]
+        key = _cube(x / rules.spacing, y / rules.spacing, ahead / rules.spacing)
+        if key != cube:  # neighbours are often in one cube
+            cube, slot = key, _slot(key, cubes)
+        if cubes[slot] == key:
+            continue
+        measured = normal_at(depth, u, v, rules.base, camera, rules.floor, rules.share)
+        if measured[0] == 0 and measured[1] == 0 and measured[2] == 0:
+            continue  # another pixel of the cube may do
+        if n >= len(position):
+            return -1
+        cubes[slot] = key
+        position[n, 0], position[n, 1], position[n, 2] = x, y, ahead
+        turned = _turned(R, measured[0], measured[1], measured[2])
+        for a in range(3):
+            normal[n, a], color[n, a] = turned[a], image[v, u, a]
+        radius[n] = rules.radius * max(rules.spacing, z / camera[0])
+        weight[n] = min((rules.unit / z) ** 2, rules.cap)
+        first[n], last[n], violations[n] = frame, frame, 0
+        n += 1
     return n
-
-
-@jit
-def keep_living(n: int, rows: Rows) -> int:
-    """Move living rows to the front in place, in order; returns their number."""
-    position, normal, color, radius, weight, first, last, violations = rows
-    count = 0
-    for i in range(n):
-        if weight[i] > 0:
-            if count < i:
-                for a in range(3):
-                    position[count, a], normal[count, a], color[count, a] = position[i, a], normal[i, a], color[i, a]
-                radius[count], weight[count], first[count] = radius[i], weight[i], first[i]
-                last[count], violations[count] = last[i], violations[i]
-            count += 1
-    return count
 
 
 @jit
@@ -242,14 +289,6 @@ def _average(
 
 
 @jit
-def _cover(covered: UInt8, depth: DepthImage, u: int, v: int, half: int, z: float, gate: float) -> None:
-    for vv in range(max(v - half, 0), min(v + half + 1, depth.shape[0])):
-        for uu in range(max(u - half, 0), min(u + half + 1, depth.shape[1])):
-            if abs(depth[vv, uu] - z) <= gate:
-                covered[vv, uu] = 1
-
-
-@jit
 def _cube(x: float, y: float, z: float) -> int:
     """A key for an integer cube; 21 bits an axis, which distinguishes what one camera can see at once."""
     low = (1 << 21) - 1
@@ -259,11 +298,20 @@ def _cube(x: float, y: float, z: float) -> int:
 
 
 @jit
-def _slot(key: int, seeds: Int64, stamps: Int32, tick: int) -> int:
+def _no_cubes(most: int) -> Int64:
+    """An empty hash set of cubes, -1 where there is none, at most half full with so many."""
+    length = 2
+    while length < 2 * most:
+        length *= 2
+    return np.full(length, -1, np.int64)
+
+
+@jit
+def _slot(key: int, cubes: Int64) -> int:
     """Where the key is in the hash set, or would be."""
-    mask = len(seeds) - 1
+    mask = len(cubes) - 1
     slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
-    while stamps[slot] == tick and seeds[slot] != key:
+    while cubes[slot] != -1 and cubes[slot] != key:
         slot = (slot + 1) & mask
     return int(slot)
 
@@ -278,14 +326,25 @@ def normal_at(depth: DepthImage, u: int, v: int, base: int, camera: Float, floor
     u1 = u + base if u + base < depth.shape[1] and _beside(depth[v, u + base], z, jump) else u
     v0 = v - base if v >= base and _beside(depth[v - base, u], z, jump) else v
     v1 = v + base if v + base < depth.shape[0] and _beside(depth[v + base, u], z, jump) else v
+    across, down = (depth[v, u0], depth[v, u1]), (depth[v0, u], depth[v1, u])
+    # a single return: with several, the references to the arrays would be counted, atomically, for every pixel
+    return _normal(u, v, u0, u1, v0, v1, across, down, camera[0], camera[1], camera[2], camera[3])
+
+
+@jit
+def _normal(
+    u: int, v: int, u0: int, u1: int, v0: int, v1: int, across: Pair, down: Pair, fx: float, fy: float, cx: float,
+    cy: float,
+) -> Triple:  # fmt: skip
+    """The normal at pixel (u, v) from the depths at columns u0, u1 of its row and at rows v0, v1 of its column."""
     if u0 == u1 or v0 == v1:
         return 0.0, 0.0, 0.0
-    x, y = (u - camera[2]) / camera[0], (v - camera[3]) / camera[1]
-    a, b = depth[v, u0], depth[v, u1]
-    ax, az = (b * (u1 - camera[2]) - a * (u0 - camera[2])) / camera[0], b - a
+    x, y = (u - cx) / fx, (v - cy) / fy
+    a, b = across
+    ax, az = (b * (u1 - cx) - a * (u0 - cx)) / fx, b - a
     ay = az * y
-    a, b = depth[v0, u], depth[v1, u]
-    by, bz = (b * (v1 - camera[3]) - a * (v0 - camera[3])) / camera[1], b - a
+    a, b = down
+    by, bz = (b * (v1 - cy) - a * (v0 - cy)) / fy, b - a
     bx = bz * x
     nx, ny, nz = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
     length = np.sqrt(nx * nx + ny * ny + nz * nz)
