@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from recon.depth.nets.depth_anything import build as build_depth
 from recon.errors import ReconError
 from recon.kernels import ops, reference
+from recon.kernels.dense import DenseEnd
 from recon.kernels.graphs import Streams
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, Product, balanced, score_bound
 from recon.models.nets.blocks import rotate, rotation_table
@@ -85,11 +87,37 @@ def test_attention_weighs_by_powers_of_two() -> None:
 
 
 def test_enlarge_puts_corners_on_corners() -> None:
-    x, bias, across, down = draw(1, 4, 3, 5), draw(4, seed=1), draw(9, 4, seed=2), draw(6, 4, seed=3)
-    found = ops.enlarge(x, 6, 9, bias, across, down)
-    corner = x[0, :, 2, 4] + bias + across[8] + down[5]
-    assert torch.allclose(found[0, :, 5, 8], corner, atol=1e-6)
+    x, bias = draw(1, 4, 3, 5), draw(4, seed=1)
+    found = ops.enlarge(x, 6, 9, bias)
+    assert torch.allclose(found[0, :, 5, 8], x[0, :, 2, 4] + bias, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense_end(channels, middle, outputs, size, dtype=torch.float32, device="cpu"):
+    """The end of a dense head with seeded weights, what it stands for in FP32, and a small image."""
+    conv, last = nn.Conv2d(channels, middle, 3, padding=1), nn.Conv2d(middle, outputs, 1)
+    for i, tensor in enumerate([*conv.parameters(), *last.parameters()]):
+        tensor.data = draw(*tensor.shape, seed=i) / tensor[0].numel() ** 0.5
+    conv, last, x = conv.to(device), last.to(device), draw(2, channels, 11, 13, seed=9, device=device)
+    across, down = (draw(1, channels, *side, device=device) for side in ((1, size[1]), (size[0], 1)))
+    offset = draw(channels, device=device)
+
+    def plain(x):
+        large = F.interpolate(x.float(), size, mode="bilinear", align_corners=True) + offset[:, None, None]
+        return last(F.relu(conv(large + across + down)))
+
+    return DenseEnd(conv, last, dtype, offset, across, down), plain, x.to(dtype)
+
+
+@pytest.mark.parametrize("size", [(19, 23), (11, 13), (3, 7)])
+def test_the_end_of_a_dense_head_is_a_convolution_of_the_enlarged_image(size) -> None:
+    end, plain, x = dense_end(8, 6, 2, size)
+    with torch.no_grad():
+        wanted = plain(x)
+    found = end(x)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    for edge in (found[..., 0, :] - wanted[..., 0, :], found[..., -1] - wanted[..., -1]):
+        assert edge.abs().max() < 1e-5  # taps beyond the border do not count, in the tables neither
 
 
 def test_few_rows_in_half_with_row_scales() -> None:
@@ -478,8 +506,23 @@ def test_few_rows_on_the_gpu(rows, n, limit) -> None:
 @pytest.mark.parametrize("channels", [32, 128])
 def test_enlarge_on_the_gpu(channels) -> None:
     x = draw(2, channels, 19, 23, device="cuda").half()
-    bias, across, down = (draw(*shape, device="cuda") for shape in ((channels,), (41, channels), (37, channels)))
-    assert rel(ops.enlarge(x, 37, 41, bias, across, down), reference.enlarge(x, 37, 41, bias, across, down)) < 1e-3
+    bias = draw(channels, device="cuda")
+    assert rel(ops.enlarge(x, 37, 41, bias), reference.enlarge(x, 37, 41, bias)) < 1e-3
+
+
+@cuda
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("middle", "outputs", "size"), [(32, 2, (37, 75)), (32, 4, (19, 130)), (24, 1, (70, 64))])
+def test_the_end_of_a_dense_head_on_the_gpu(middle, outputs, size, dtype, limit) -> None:
+    end, plain, x = dense_end(64, middle, outputs, size, dtype, "cuda")
+    x = x.to(memory_format=torch.channels_last)
+    wide = ops.enlarge(x, x.shape[2], size[1], end.offset)
+    parts = F.conv2d(wide, end.taps, padding=(0, 1))
+    twin = reference.enlarged_taps(parts, end.across, end.down, end.weight, end.bias)
+    found = ops.enlarged_taps(parts, end.across, end.down, end.weight, end.bias)
+    assert rel(found, twin) < 1e-3  # the twin's last convolution is TF32
+    with torch.no_grad():
+        assert rel(end(x), plain(x)) < limit
 
 
 @cuda

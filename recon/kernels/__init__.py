@@ -5,6 +5,6 @@
 multiplies while it runs. Nothing here is imported where a network is only exported.
 """
 
-FORM_VERSION = "form.6"
+FORM_VERSION = "form.7"
 """Raise when the tensors of a fast network get other names or meanings, or when kernels compute something else: engines
 are then built, certified and compared with FP32 anew."""

@@ -215,7 +215,7 @@ def attend(
     sequences, tokens = q.shape[:2]
     low = q.dtype != v.dtype
     programs = triton.cdiv(tokens, WHOLE.queries) * heads * sequences
-    if programs >= 4 * WAVE and not bounded and not low:
+    if programs >= 3 * WAVE and not bounded and not low:
         form = "checked" if q.dtype == torch.bfloat16 else "anchored"
         marks = torch.empty(sequences, heads, tokens, dtype=torch.uint8, device=q.device)
         specialised_attention(q, k, v, out, (0, 0, 0), heads, HALF, form, out_scale, score_scale, marks)
@@ -234,16 +234,29 @@ def attend(
         )  # fmt: skip
 
 
-def enlarge(x: Tensor, bias: Tensor, across: Tensor | None, down: Tensor | None, out: Tensor) -> None:
-    """x [n,C,h,w] -> out [n,C,H,W], both channels last; bias [C], across [W,C], down [H,C] FP32."""
+def enlarge(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """x [n,C,h,w] -> out [n,C,H,W], both channels last; bias [C] FP32."""
     images, channels, h, w = x.shape
     height, width = out.shape[2:]
     padded = triton.next_power_of_2(channels)
     columns = max(1, 4096 // padded)
     image_triton.enlarge_kernel[(triton.cdiv(width, columns), height, images)](
-        x, bias, across if across is not None else bias, down if down is not None else bias, out, h, w, height, width,
-        (h - 1) / max(height - 1, 1), (w - 1) / max(width - 1, 1), C=channels, PADDED=padded, COLUMNS=columns,
-        PLACED=across is not None, num_warps=4, **EARLY,
+        x, bias, out, h, w, height, width, (h - 1) / max(height - 1, 1), (w - 1) / max(width - 1, 1), C=channels,
+        PADDED=padded, COLUMNS=columns, num_warps=4, **EARLY,
+    )  # fmt: skip
+
+
+def enlarged_taps(
+    parts: Tensor, across: Tensor, down: Tensor, weight: Tensor, bias: Tensor, out: Tensor, columns: int = 32,
+    rows: int = 8, warps: int = 2,
+) -> None:  # fmt: skip
+    """As the operator: parts channels last, across [3,W,C], down [3,H,C], weight [outputs,C] -> out, FP32."""
+    images, stride, h, width = parts.shape
+    height, channels = down.shape[1:]
+    image_triton.enlarged_taps_kernel[(triton.cdiv(width, columns), triton.cdiv(height, rows), images)](
+        parts, across, down, weight, bias, out, h, height, width, (h - 1) / max(height - 1, 1), C=channels,
+        PADDED=triton.next_power_of_2(channels), STRIDE=stride, OUTPUTS=weight.shape[0], COLUMNS=columns, ROWS=rows,
+        num_warps=warps, **EARLY,
     )  # fmt: skip
 
 

@@ -116,24 +116,37 @@ def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor, scale: float, dtype: to
 
 
 @torch.library.custom_op("recon::enlarge", mutates_args=())
-def enlarge(
-    x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None = None, down: Tensor | None = None
-) -> Tensor:
-    """x [n,C,h,w] -> bilinear [n,C,height,width] channels last, + bias + position map; one operator
-    to torch.compile."""
+def enlarge(x: Tensor, height: int, width: int, bias: Tensor) -> Tensor:
+    """x [n,C,h,w] -> bilinear [n,C,height,width] channels last, + bias; one operator to torch.compile."""
     if not x.is_cuda:
-        return reference.enlarge(x, height, width, bias, across, down)
+        return reference.enlarge(x, height, width, bias)
     x = x.contiguous(memory_format=torch.channels_last)
     out = _enlarged(x, height, width)
-    _launch().enlarge(x, bias, across, down, out)
+    _launch().enlarge(x, bias, out)
     return out
 
 
 @enlarge.register_fake
-def _(
-    x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None = None, down: Tensor | None = None
-) -> Tensor:
+def _(x: Tensor, height: int, width: int, bias: Tensor) -> Tensor:
     return _enlarged(x, height, width)
+
+
+@torch.library.custom_op("recon::enlarged_taps", mutates_args=())
+def enlarged_taps(parts: Tensor, across: Tensor, down: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The end of a dense head from what the rows of its 3x3 convolution make of a low image, in FP32: see the twin.
+
+    parts [n,3*C or more,h,W] -> [n,outputs,H,W].
+    """
+    if not parts.is_cuda:
+        return reference.enlarged_taps(parts, across, down, weight, bias)
+    out = weight.new_empty(parts.shape[0], weight.shape[0], down.shape[1], across.shape[1])
+    _launch().enlarged_taps(parts.contiguous(memory_format=torch.channels_last), across, down, weight, bias, out)
+    return out
+
+
+@enlarged_taps.register_fake
+def _(parts: Tensor, across: Tensor, down: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return weight.new_empty(parts.shape[0], weight.shape[0], down.shape[1], across.shape[1])
 
 
 @torch.library.custom_op("recon::few_rows", mutates_args=())

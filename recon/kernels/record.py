@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten
 
 PRODUCT = re.compile(
     r"^aten::(mm|addmm|_addmm_activation|bmm|baddbmm|_scaled_mm|_int_mm|convolution|_scaled_dot_product\w*)$"
-    r"|^recon::(linear_gelu|few_rows|attention|few_tokens_attention)$"
+    r"|^recon::(linear_gelu|few_rows|attention|few_tokens_attention|enlarged_taps)$"
 )
-SUMMED = "aten::mul"  # a 1x1 convolution with few outputs is multiplications and a sum
+END = "recon::enlarged_taps"  # its taps' products came before; what its weight multiplies stays inside it, in FP32
 ATTENTION = ("recon::attention", "recon::few_tokens_attention")
 NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8", torch.int32: "int32",
@@ -45,15 +45,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name  # type: ignore[attr-defined]
-        if PRODUCT.match(name) or name == SUMMED:
-            self._note(name, [value for value in args if isinstance(value, Tensor)], result)
+        if PRODUCT.match(name):
+            operands = [result, args[3]] if name == END else args
+            self._note(name, [value for value in operands if isinstance(value, Tensor)], result)
         return result
 
     def _note(self, op: str, operands: list[Tensor], result: Any) -> None:
         names = [self._names.get(value.untyped_storage().data_ptr(), "") for value in operands]
         weight = next((name for name in names if name), "")
-        if op == SUMMED and not weight:
-            return
         matrices = [value for value in operands if value.ndim >= 2]
         live = [value for value, name in zip(operands, names, strict=True) if not name and value.ndim >= 2]
         compute = NAMES.get((live or matrices)[0].dtype, "unknown")

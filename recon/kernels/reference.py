@@ -80,15 +80,34 @@ def attention(
     return cast(out.transpose(1, 2).reshape(sequences, tokens, width), dtype, scale)
 
 
-def enlarge(x: Tensor, height: int, width: int, bias: Tensor, across: Tensor | None, down: Tensor | None) -> Tensor:
-    """x [n,C,h,w] bilinear to [n,C,height,width], corners on corners, + bias [C] + across [width,C] + down [height,C].
+def enlarge(x: Tensor, height: int, width: int, bias: Tensor) -> Tensor:
+    """x [n,C,h,w] bilinear to [n,C,height,width], corners on corners, + bias [C].
 
     Arithmetic in FP32, result in x's dtype, channels last.
     """
-    value = F.interpolate(x.float(), (height, width), mode="bilinear", align_corners=True) + bias[:, None, None]
-    if across is not None and down is not None:
-        value = value + across.t()[:, None, :] + down.t()[:, :, None]
+    value = _bilinear(x, height, width) + bias[:, None, None]
     return value.to(x.dtype, memory_format=torch.channels_last)
+
+
+def enlarged_taps(parts: Tensor, across: Tensor, down: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """parts [n,3*C or more,h,W], what the rows of a 3x3 convolution make of a low image, one after another ->
+    [n,outputs,H,W] FP32.
+
+    That is the convolution of the image enlarged to H rows, + across [3,W,C] and down [3,H,C] (see `dense.DenseEnd`),
+    ReLU, and a 1x1 convolution with weight [outputs,C] and bias.
+    """
+    height, width, channels = down.shape[1], *across.shape[1:]
+    edge, side = (torch.ones(count, dtype=torch.long, device=parts.device) for count in (height, width))
+    edge[0], edge[-1], side[0], side[-1] = 0, 2, 0, 2
+    value = (across[edge] + down[side].transpose(0, 1)).permute(2, 0, 1)
+    for dy in range(3):
+        part = parts[:, dy * channels : (dy + 1) * channels]
+        value = value + F.pad(_bilinear(part, height, width), (0, 0, 1, 1))[:, :, dy : dy + height]
+    return F.conv2d(value.relu(), weight[:, :, None, None], bias)
+
+
+def _bilinear(x: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(x.float(), (height, width), mode="bilinear", align_corners=True)
 
 
 def few_rows(a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, addend: Tensor | None, gelu: bool) -> Tensor:

@@ -21,6 +21,7 @@ from recon.depth.nets.depth_anything import DisparityNet
 from recon.errors import ReconError
 from recon.formats import Recipe
 from recon.kernels import ops
+from recon.kernels.dense import DenseEnd
 from recon.kernels.form import FastNetwork
 from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
@@ -44,8 +45,6 @@ class FastDisparity(FastNetwork):
     kernel: Tensor
     offset: Tensor
     lead: Tensor
-    last_weight: Tensor
-    last_bias: Tensor
 
     def __init__(
         self,
@@ -68,14 +67,13 @@ class FastDisparity(FastNetwork):
         self.norm = Norm(norm.weight, norm.bias, norm.eps)
         low = {"dtype": dtype, "memory_format": torch.channels_last}
         self.neck = copy.deepcopy(network.model.neck).to(**low)  # type: ignore[arg-type]
-        self.head = copy.deepcopy(network.model.head).to(**low)  # type: ignore[arg-type]
-        last: Any = network.model.head.conv3
-        self.register_buffer("last_weight", last.weight[0, :, 0, 0].detach().float().clone(), persistent=False)
-        self.register_buffer("last_bias", last.bias.detach().float().clone(), persistent=False)
-        self.largest = float(network.model.head.max_depth)
-        convs = [layer.projection for layer in network.model.neck.fusion_stage.layers] + [network.model.head.conv1]
-        for i, conv in enumerate(convs):
-            self.register_buffer(f"bias{i}", conv.bias.detach().float().clone(), persistent=False)
+        head: Any = network.model.head
+        self.conv1 = copy.deepcopy(head.conv1).to(**low)
+        none = head.conv1.bias.new_zeros(1, head.conv1.out_channels, *(side * self.side for side in self.grid))
+        self.end = DenseEnd(head.conv2, head.conv3, dtype, head.conv1.bias, none[:, :, :1], none[..., :1])
+        self.largest = float(head.max_depth)
+        for i, layer in enumerate(network.model.neck.fusion_stage.layers):
+            self.register_buffer(f"bias{i}", layer.projection.bias.detach().float().clone(), persistent=False)
         self.streams = Streams()
         self.level, self.fuse = self._level, self._fuse
         if compile:
@@ -117,11 +115,12 @@ class FastDisparity(FastNetwork):
 
     def dense_origins(self) -> dict[str, str]:
         """Convolutions: of the patches, and of the dense head."""
-        found = {"kernel": "model.backbone.embeddings.patch_embeddings.projection", "last_weight": "model.head.conv3"}
-        for part in ("neck", "head"):
-            for name, module in self.get_submodule(part).named_modules():
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and (part, name) != ("head", "conv3"):
-                    found[f"{part}.{name}.weight"] = f"model.{part}.{name}"
+        head = {"conv1.weight": "conv1", "end.taps": "conv2", "end.weight": "conv3"}
+        found = {name: f"model.head.{conv}" for name, conv in head.items()}
+        found["kernel"] = "model.backbone.embeddings.patch_embeddings.projection"
+        for name, module in self.neck.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                found[f"neck.{name}.weight"] = f"model.neck.{name}"
         return found
 
     def calibrate(self, pixel_values: Tensor) -> None:
@@ -161,11 +160,8 @@ class FastDisparity(FastNetwork):
             height, width = levels[level - 1].shape[2:] if level else (2 * x.shape[2], 2 * x.shape[3])
             # the 1x1 projection commutes with the resize, and costs a quarter before it
             x = ops.enlarge(F.conv2d(x, fusion.projection.weight), height, width, self.get_buffer(f"bias{i}"))
-        head: Any = self.head
-        x = F.conv2d(x, head.conv1.weight, padding=1)
-        x = ops.enlarge(x, self.grid[0] * self.side, self.grid[1] * self.side, self.get_buffer("bias4"))
-        x = F.relu(head.conv2(x)).float()
-        return F.relu((x * self.last_weight[:, None, None]).sum(1) + self.last_bias) * self.largest
+        x = F.conv2d(x, self.conv1.weight, padding=1)
+        return F.relu(self.end(x)[:, 0]) * self.largest
 
 
 def skeleton(settings: Mapping[str, Any]) -> FastDisparity:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from recon.errors import ReconError
 from recon.formats import Recipe
 from recon.kernels import ops
+from recon.kernels.dense import DenseEnd
 from recon.kernels.form import FastNetwork
 from recon.kernels.graphs import Streams, allow_variants
 from recon.kernels.transformer import BlockWeights, FastBlock, Norm, embedded, observe, patch_kernel
@@ -31,6 +32,7 @@ from recon.models.nets.fast_camera import FastCamera
 from recon.models.nets.vggt import HEADS, VGGT
 
 FRAMES_AT_ONCE = 8  # of a dense head: frames are independent there, so more would only cost memory
+ENDS = {"taps": 0, "weight": 2}  # tensors of a dense head's end, and their places in its last convolutions
 EARLY_FRAMES = 2  # up to this many, a dense head starts beside the trunk
 
 
@@ -127,9 +129,9 @@ class FastVGGT(FastNetwork):
         found = {"encoder.kernel": "aggregator.patch_embed.patch_embed.proj"}
         for part, head in self.dense.items():
             plain = HEADS[part]  # type: ignore[index]
-            found[f"dense.{part}.last_weight"] = f"{plain}.scratch.output_conv2.2"
+            found |= {f"dense.{part}.end.{end}": f"{plain}.scratch.output_conv2.{i}" for end, i in ENDS.items()}
             for name, module in head.named_modules():
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and name != "scratch.output_conv2.2":
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     found[f"dense.{part}.{name}.weight"] = f"{plain}.{name}"
         return found
 
@@ -242,17 +244,17 @@ class FastDense(nn.Module):
         self.specials = specials
         self.scratch, self.projects = _low(head.scratch, dtype), _low(head.projects, dtype)
         self.resize_layers = _low(head.resize_layers, dtype)
-        last = head.scratch.output_conv2[2]
-        assert isinstance(last, nn.Conv2d)
-        assert last.bias is not None
-        tables = {"last_weight": last.weight[:, :, 0, 0].clone(), "last_bias": last.bias.clone()}
+        across, down = head.get_buffer("full_across"), head.get_buffer("full_down")
+        placed: Any = head.scratch
+        conv, _, last = placed.output_conv2
+        self.end = DenseEnd(conv, last, dtype, placed.output_conv1.bias, across, down)
+        del self.scratch.output_conv2
+        tables = {}
         for i in range(len(self.projects)):
             place = head.get_buffer(f"level{i}_across") + head.get_buffer(f"level{i}_down")
             tables[f"place{i}"] = place.contiguous(memory_format=torch.channels_last)
-        tables["full_across"] = head.get_buffer("full_across")[0, :, 0].t().contiguous()
-        tables["full_down"] = head.get_buffer("full_down")[0, :, :, 0].t().contiguous()
         for name, conv in self.scratch.named_modules():
-            if name.endswith("out_conv") or name == "output_conv1":
+            if name.endswith("out_conv"):
                 tables[f"bias_{name.split('.')[0]}"] = conv.bias.float()
         for name, value in tables.items():
             self.register_buffer(name, value.detach().float(), persistent=False)
@@ -294,16 +296,11 @@ class FastDense(nn.Module):
             height, width = levels[i - 1].shape[2:] if i else (2 * levels[0].shape[2], 2 * levels[0].shape[3])
             bias = self.get_buffer(f"bias_refinenet{i + 1}")
             x = ops.enlarge(F.conv2d(x, fusion.out_conv.weight), height, width, bias)
-        x = F.conv2d(x, self.scratch.output_conv1.weight, padding=1)
-        full = (self.get_buffer("full_across"), self.get_buffer("full_down"))
-        x = ops.enlarge(x, *self.size, self.get_buffer("bias_output_conv1"), *full)
-        x = F.relu(self.scratch.output_conv2[0](x)).float()
-        rows = zip(self.get_buffer("last_weight"), self.get_buffer("last_bias"), strict=True)
-        dense = [(x * row[:, None, None]).sum(1) + offset for row, offset in rows]
-        if len(dense) == 2:
-            return dense[0].exp(), 1 + dense[1].exp()
-        points = torch.stack(dense[:3], -1)
-        return points.sign() * points.abs().expm1(), 1 + dense[3].exp()
+        dense = self.end(F.conv2d(x, self.scratch.output_conv1.weight, padding=1))
+        if dense.shape[1] == 2:
+            return dense[:, 0].exp(), 1 + dense[:, 1].exp()
+        points = dense[:, :3].permute(0, 2, 3, 1)
+        return points.sign() * points.abs().expm1(), 1 + dense[:, 3].exp()
 
 
 def block_weights(network: VGGT, path: str, recipe: Recipe | None = None) -> BlockWeights:
