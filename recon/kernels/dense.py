@@ -13,12 +13,12 @@ SPARE = 1
 
 
 class DenseEnd(nn.Module):
-    """conv, ReLU and last on an enlarged image, which is never made.
+    """`conv`, ReLU and `last` on an enlarged image, which is never made.
 
     A 3x3 convolution sums what three rows of taps make of an image, each moved by a pixel; and making that commutes
-    with an enlargement in the other direction. So the small image becomes wider only, the rows of taps multiply it (a
-    third to a half of the pixels), and their parts become higher, are moved and summed in FP32, in one pass with all
-    that follows.
+    with an enlargement in the other direction. So the small image becomes wider only, the rows of taps multiply it (296
+    rows where the large image has 518), and their parts become higher, are moved and summed in FP32, in one pass with
+    all that follows.
 
     dtype: of the products. offset [C], across [1,C,1,W], down [1,C,H,1]: what is added to the image before the
     convolution. Behind it the latter two stay a table along each side, but for the outermost rows and columns, where
